@@ -1,0 +1,3 @@
+module github.com/promferry/promferry
+
+go 1.26
