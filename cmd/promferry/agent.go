@@ -1,0 +1,276 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	versioncollector "github.com/prometheus/client_golang/prometheus/collectors/version"
+	"github.com/prometheus/common/promslog"
+	"github.com/prometheus/common/version"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/forwarder"
+	"github.com/promferry/promferry/internal/httpclient"
+	"github.com/promferry/promferry/lockfile"
+	"github.com/promferry/promferry/pushgw"
+	"github.com/promferry/promferry/target"
+)
+
+// shutdownBudget is how long the agent takes at most to stop: the time for two puts that
+// time out. systemd/promferry-agent.service gives it some seconds more.
+const shutdownBudget = 20 * time.Second
+
+// agentCommand is promferry agent.
+type agentCommand struct {
+	clause   *kingpin.CmdClause
+	settings *agentSettings
+	unknown  []error // what the environment held besides the settings
+	once     bool
+	dryRun   bool
+}
+
+func newAgentCommand(app *kingpin.Application) *agentCommand {
+	a := &agentCommand{
+		clause:   app.Command("agent", "Scrape targets on this host and put what they expose to Pushgateways."),
+		settings: newAgentSettings(),
+	}
+	a.unknown = readEnvironment(a.settings, a.settings.all())
+	a.settings.register(a.clause)
+	a.clause.Flag("once", "Scrape and put once, and exit: 0 when all went well, 1 otherwise.").BoolVar(&a.once)
+	a.clause.Flag("dry-run", "Scrape once, print what would be put and to which group, and put nothing.").BoolVar(&a.dryRun)
+	return a
+}
+
+func (a *agentCommand) name() string { return a.clause.FullCommand() }
+
+// run runs the agent until ctx ends.
+func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error {
+	s := a.settings
+	errs := append(a.unknown, s.check()...)
+	scrapeClient, err := httpclient.New("scrape", s.ScrapeHTTPConfig.value)
+	if err != nil {
+		errs = append(errs, s.ScrapeHTTPConfig.fault(err))
+	}
+	pushClient, err := httpclient.New("push", s.PushHTTPConfig.value)
+	if err != nil {
+		errs = append(errs, s.PushHTTPConfig.fault(err))
+	}
+	if err := validateWebConfig(s.WebConfigFile.value); err != nil {
+		errs = append(errs, s.WebConfigFile.fault(err))
+	}
+	if err := faults(errs); err != nil {
+		return err
+	}
+
+	logger := newLogger(stderr, s)
+	registry := newRegistry()
+	notifier := newNotifier(logger)
+	var forward *forwarder.Forwarder
+	cfg := a.config(scrapeClient, pushClient, logger, registry)
+	if !a.once && !a.dryRun {
+		cfg.Heartbeat = notifier.interval()
+		cfg.OnHeartbeat = func() { notifier.alive(forward.Status()) }
+	}
+	forward, err = forwarder.New(cfg)
+	if err != nil {
+		return err
+	}
+	if a.dryRun {
+		return forward.DryRun(ctx, stdout)
+	}
+	lock, err := a.lock()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err := lock.Release(); err != nil {
+			logger.Warn("Lock not released", "err", err)
+		}
+	}()
+	if a.once {
+		return forward.Once(ctx)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.WebListenAddress.value)
+	if err != nil {
+		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
+	}
+	r := newReloader(registry, logger, func() error {
+		err := errors.Join(scrapeClient.Reload(), pushClient.Reload(), validateWebConfig(s.WebConfigFile.value))
+		if err == nil {
+			forward.Reload()
+		}
+		return err
+	})
+	r.before, r.after = notifier.reloading, notifier.ready
+	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, logger)
+	return a.serve(ctx, forward, web, r, notifier, logger)
+}
+
+// config returns the forwarder's configuration.
+func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logger, r prometheus.Registerer) forwarder.Config {
+	s := a.settings
+	cfg := forwarder.Config{
+		Targets:        s.PushTargets.value,
+		Scraper:        &target.Scraper{Client: scrape, Accept: exposition.Accept, MaxBytes: int64(s.ScrapeMaxBytes.value)},
+		Instance:       s.Instance.value,
+		Labels:         make(map[string]string),
+		Schedule:       s.schedule(),
+		ScrapeTimeout:  time.Duration(s.ScrapeTimeout.value),
+		PushTimeout:    time.Duration(s.PushTimeout.value),
+		ExpiresAfter:   s.expiresAfter(),
+		OnStop:         s.PushOnStop.value,
+		ShutdownBudget: shutdownBudget,
+		Format:         s.PushFormat.value,
+		Keep:           s.MetricKeep.value.Regexp,
+		Drop:           s.MetricDrop.value.Regexp,
+		Version:        version.Version,
+		Logger:         logger,
+		Registerer:     r,
+	}
+	for _, u := range s.PushUrls.value {
+		cfg.Gateways = append(cfg.Gateways, pushgw.New(u.URL, push))
+	}
+	for _, l := range s.PushLabels.value {
+		cfg.Labels[l.name] = l.value
+	}
+	if a.once && !s.PushExpiresAfter.isSet() {
+		cfg.ExpiresAfter = 0 // Nobody knows when the next one comes.
+	}
+	return cfg
+}
+
+// lock takes the lock, in a state directory that it makes when there is none.
+func (a *agentCommand) lock() (*lockfile.Lock, error) {
+	s := a.settings
+	if dir := filepath.Dir(s.LockFile.value); dir == filepath.Clean(s.StateDir.value) {
+		if err := os.MkdirAll(dir, 0o750); err != nil {
+			return nil, fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
+		}
+	}
+	lock, err := lockfile.Acquire(s.LockFile.value)
+	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
+		return nil, fmt.Errorf("another agent runs on this host: %w", held)
+	}
+	return lock, err
+}
+
+// serve forwards and answers requests until ctx ends.
+func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, web *web, r *reloader, notifier *notifier, logger *slog.Logger) error {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+
+	logger.Info("Starting promferry agent", "version", version.Version, "targets", a.settings.PushTargets.String(),
+		"gateways", a.settings.PushUrls.String(), "instance", a.settings.Instance.value)
+	// The address answers until the last group is left, so that a probe sees the agent
+	// stopping and not gone.
+	webCtx, stopWeb := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWeb()
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.Go(func() error { return web.Run(webCtx) })
+	group.Go(func() error {
+		defer stopWeb()
+		return forward.Run(groupCtx)
+	})
+	group.Go(func() error {
+		for {
+			select {
+			case <-hangup:
+				_ = r.reload() // Logged and counted there.
+			case <-groupCtx.Done():
+				web.stopping()
+				notifier.stopping()
+				return nil
+			}
+		}
+	})
+	web.ready()
+	notifier.ready()
+	err := group.Wait()
+	logger.Info("Stopped")
+	return err
+}
+
+func newLogger(stderr io.Writer, s *agentSettings) *slog.Logger {
+	cfg := &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat(), Writer: stderr}
+	// Both were checked with the settings.
+	_ = cfg.Level.Set(s.LogLevel.value)
+	_ = cfg.Format.Set(s.LogFormat.value)
+	return promslog.New(cfg)
+}
+
+func newRegistry() *prometheus.Registry {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		versioncollector.NewCollector("promferry"),
+	)
+	return registry
+}
+
+// reloader reads the files that settings name again.
+type reloader struct {
+	logger        *slog.Logger
+	read          func() error
+	before, after func()
+	mu            sync.Mutex
+	total         *prometheus.CounterVec
+	successful    prometheus.Gauge
+	at            prometheus.Gauge
+}
+
+func newReloader(r prometheus.Registerer, logger *slog.Logger, read func() error) *reloader {
+	l := &reloader{
+		logger: logger,
+		read:   read,
+		total: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "promferry_agent_reloads_total", Help: "Reloads of the files that settings name.",
+		}, []string{"outcome"}),
+		successful: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "promferry_agent_last_reload_successful", Help: "Whether the last reload succeeded, 1 before the first.",
+		}),
+		at: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "promferry_agent_last_reload_success_timestamp_seconds", Help: "When files were last read with success, in Unix time.",
+		}),
+	}
+	r.MustRegister(l.total, l.successful, l.at)
+	l.total.WithLabelValues("success")
+	l.total.WithLabelValues("failure")
+	l.successful.Set(1)
+	l.at.SetToCurrentTime()
+	return l
+}
+
+// reload reads the files. A bad one is logged, and changes nothing.
+func (l *reloader) reload() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.before()
+	defer l.after()
+	if err := l.read(); err != nil {
+		l.total.WithLabelValues("failure").Inc()
+		l.successful.Set(0)
+		l.logger.Error("Reload failed, all stays as it was", "err", err)
+		return err
+	}
+	l.total.WithLabelValues("success").Inc()
+	l.successful.Set(1)
+	l.at.SetToCurrentTime()
+	l.logger.Info("Reloaded")
+	return nil
+}

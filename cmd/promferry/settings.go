@@ -1,0 +1,262 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/alecthomas/units"
+	"github.com/kelseyhightower/envconfig"
+	"github.com/prometheus/common/model"
+)
+
+const envPrefix = "PROMFERRY"
+
+// A setting has a value from its default, its environment variable or its flag, where a
+// later one of these wins. It never refuses a text while that is read: faults come out
+// together, from check.
+type setting[T any] struct {
+	value T
+	flag  string // the flag's name, without dashes
+	help  string
+	parse func(string) (T, error)
+	// list is set for a setting of several values: the flag can be repeated, the variable
+	// has a comma between them.
+	list  bool
+	merge func(T, T) T
+
+	from  string // what the user typed: the flag or the variable, "" for the default
+	texts []string
+	errs  []error
+}
+
+// anySetting is a setting of whatever type.
+type anySetting interface {
+	kingpin.Value
+	register(cmd *kingpin.CmdClause)
+	env() string
+	check() []error
+}
+
+// env returns the name of the variable: the flag's, in the plural for a list.
+func (s *setting[T]) env() string {
+	name := envPrefix + "_" + strings.ToUpper(strings.NewReplacer(".", "_", "-", "_").Replace(s.flag))
+	if s.list {
+		name += "S"
+	}
+	return name
+}
+
+// name returns the name of the setting as the user typed it, or the flag.
+func (s *setting[T]) name() string {
+	if s.from == "" {
+		return "--" + s.flag
+	}
+	return s.from
+}
+
+// isSet tells whether the user has set it.
+func (s *setting[T]) isSet() bool { return s.from != "" }
+
+// Decode takes the value of the environment variable. An empty one counts as not set, for
+// that is how a variable is switched off in an environment file.
+func (s *setting[T]) Decode(text string) error {
+	if strings.TrimSpace(text) == "" {
+		return nil
+	}
+	texts := []string{text}
+	if s.list {
+		texts = strings.Split(text, ",")
+	}
+	for _, t := range texts {
+		if t = strings.TrimSpace(t); t != "" {
+			s.add(s.env(), t)
+		}
+	}
+	return nil
+}
+
+// Set takes the value of a flag.
+func (s *setting[T]) Set(text string) error {
+	s.add("--"+s.flag, text)
+	return nil
+}
+
+func (s *setting[T]) add(from, text string) {
+	value, err := s.parse(text)
+	if s.from != from {
+		s.from, s.texts, s.errs = from, nil, nil
+		s.value = value
+	} else if s.merge != nil {
+		s.value = s.merge(s.value, value)
+	}
+	s.texts = append(s.texts, text)
+	if err != nil {
+		s.errs = append(s.errs, s.fault(err))
+	}
+}
+
+// fault returns err with the name that the user typed.
+func (s *setting[T]) fault(err error) error { return fmt.Errorf("%s: %w", s.name(), err) }
+
+func (s *setting[T]) check() []error { return s.errs }
+
+// String returns the value in force, for --help.
+func (s *setting[T]) String() string {
+	if len(s.errs) > 0 {
+		return "(invalid)"
+	}
+	return fmt.Sprint(any(s.value))
+}
+
+// IsCumulative is for kingpin: the flag of a list can be repeated.
+func (s *setting[T]) IsCumulative() bool { return s.list }
+
+// IsBoolFlag is for kingpin: the flag of a yes or no needs no value.
+func (s *setting[T]) IsBoolFlag() bool {
+	_, ok := any(s.value).(bool)
+	return ok
+}
+
+func (s *setting[T]) register(cmd *kingpin.CmdClause) {
+	help := s.help + " (" + s.env() + ")"
+	if s.list {
+		help = s.help + " Can be repeated. (" + s.env() + ", with a comma between two.)"
+	}
+	value := s.String()
+	if value == "" {
+		value = `""`
+	}
+	cmd.Flag(s.flag, help).PlaceHolder(value).SetValue(s)
+}
+
+// The kinds of settings.
+
+func text(flag, value, help string) *setting[string] {
+	return &setting[string]{flag: flag, value: value, help: help, parse: func(s string) (string, error) { return s, nil }}
+}
+
+func boolean(flag, help string) *setting[bool] {
+	return &setting[bool]{flag: flag, help: help, parse: func(s string) (bool, error) {
+		switch s {
+		case "true":
+			return true, nil
+		case "false":
+			return false, nil
+		}
+		return false, fmt.Errorf("%q: want true or false", s)
+	}}
+}
+
+// duration is a time above zero. A zero default means that one is worked out later.
+func duration(flag string, value time.Duration, help string) *setting[model.Duration] {
+	return &setting[model.Duration]{flag: flag, value: model.Duration(value), help: help, parse: func(s string) (model.Duration, error) {
+		if d, err := model.ParseDuration(s); err == nil && d > 0 {
+			return d, nil
+		}
+		return 0, fmt.Errorf("%q: want a time above zero with its unit, as in 500ms, 15s or 1m30s", s)
+	}}
+}
+
+func size(flag string, value units.Base2Bytes, help string) *setting[units.Base2Bytes] {
+	return &setting[units.Base2Bytes]{flag: flag, value: value, help: help, parse: func(s string) (units.Base2Bytes, error) {
+		if b, err := units.ParseBase2Bytes(s); err == nil && b > 0 && !strings.HasPrefix(s, "+") {
+			return b, nil
+		}
+		return 0, fmt.Errorf("%q: want a size above zero with its unit, as in 512KiB or 64MiB", s)
+	}}
+}
+
+// oneOf is a setting that takes some words only.
+func oneOf[T ~string](flag string, value T, help string, words ...T) *setting[T] {
+	return &setting[T]{flag: flag, value: value, help: help, parse: func(s string) (T, error) {
+		if slices.Contains(words, T(s)) {
+			return T(s), nil
+		}
+		return value, fmt.Errorf("%q: want one of %v", s, words)
+	}}
+}
+
+// pattern is a regular expression that matches from the begin to the end.
+type pattern struct{ *regexp.Regexp }
+
+func (p pattern) String() string {
+	if p.Regexp == nil {
+		return ""
+	}
+	return strings.TrimSuffix(strings.TrimPrefix(p.Regexp.String(), "^(?:"), ")$")
+}
+
+func regex(flag, help string) *setting[pattern] {
+	return &setting[pattern]{flag: flag, help: help, parse: func(s string) (pattern, error) {
+		re, err := regexp.Compile("^(?:" + s + ")$")
+		if err != nil {
+			return pattern{}, fmt.Errorf("%q: no regular expression: %w", s, err)
+		}
+		return pattern{re}, nil
+	}}
+}
+
+// list is a value of several parts that prints as it is typed in a variable.
+type list[T fmt.Stringer] []T
+
+func (l list[T]) String() string {
+	parts := make([]string, len(l))
+	for i, part := range l {
+		parts[i] = part.String()
+	}
+	return strings.Join(parts, ",")
+}
+
+func listOf[T fmt.Stringer](flag, help string, value list[T], parse func(string) (T, error)) *setting[list[T]] {
+	return &setting[list[T]]{
+		flag: flag, help: help, value: value, list: true,
+		parse: func(s string) (list[T], error) {
+			part, err := parse(s)
+			if err != nil {
+				return nil, err
+			}
+			return list[T]{part}, nil
+		},
+		merge: func(a, b list[T]) list[T] { return append(slices.Clone(a), b...) },
+	}
+}
+
+// readEnvironment reads the variables of spec, a pointer to a struct of settings, and
+// returns an error for each variable of ours that spec does not have.
+func readEnvironment(spec any, settings []anySetting) []error {
+	// The settings keep their faults to themselves, so an error here is a mistake in spec.
+	if err := envconfig.Process(envPrefix, spec); err != nil {
+		return []error{err}
+	}
+	var errs []error
+	for _, variable := range os.Environ() {
+		name, _, _ := strings.Cut(variable, "=")
+		known := func(s anySetting) bool { return s.env() == name }
+		if strings.HasPrefix(name, envPrefix+"_") && !slices.ContainsFunc(settings, known) {
+			errs = append(errs, fmt.Errorf("%s: no such variable; promferry agent --help lists all", name))
+		}
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return errs
+}
+
+// faults makes one error of all that is wrong with the settings, or nil.
+func faults(errs []error) error {
+	switch len(errs) {
+	case 0:
+		return nil
+	case 1:
+		return usageError{errs[0]}
+	}
+	lines := []string{fmt.Sprintf("%d settings are wrong:", len(errs))}
+	for _, err := range errs {
+		lines = append(lines, "  "+err.Error())
+	}
+	return usageError{errors.New(strings.Join(lines, "\n"))}
+}

@@ -1,0 +1,219 @@
+// Package exposition reads metric families, checks them against the rules of a
+// Pushgateway, and writes them.
+package exposition
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+)
+
+// Accept is what a scrape sends as its Accept header: protobuf first, for it costs a
+// third of the time to read and can carry native histograms, and text otherwise. Names
+// are asked for in the character set that every Pushgateway takes.
+const Accept = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=underscores;q=0.9," +
+	"text/plain;version=0.0.4;escaping=underscores;q=0.5"
+
+// ErrEmpty says that an exposition holds no sample at all.
+var ErrEmpty = errors.New("exposition without any sample")
+
+// Read decodes a whole exposition, as contentType, a Content-Type header, says; a missing
+// one means text. The families are in the exposition's order (text: by name), exactly as
+// they came: Rules.Check is still to follow. A fault costs the whole exposition, for a
+// part of one must not pass for all of it.
+//
+// There is one fault in a text that Read mends: a family whose HELP or TYPE stands more
+// than once, as when two exporters' answers are written one after the other. The first of
+// them counts; samples under another TYPE are left out, and told.
+func Read(b []byte, contentType string) ([]*dto.MetricFamily, []LeftOut, error) {
+	format := expfmt.FmtText
+	if contentType != "" {
+		format = expfmt.ResponseFormat(http.Header{"Content-Type": {contentType}})
+	}
+	var families []*dto.MetricFamily
+	var left []LeftOut
+	var err error
+	switch format.FormatType() {
+	case expfmt.TypeProtoDelim:
+		families, err = readProtobuf(b)
+	case expfmt.TypeTextPlain:
+		families, left, err = readText(b)
+	default:
+		return nil, nil, fmt.Errorf("unexpected content type %q", contentType)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if Samples(families) == 0 {
+		return nil, nil, ErrEmpty
+	}
+	return families, left, nil
+}
+
+// readProtobuf reads families that each have their length in front. The lengths are
+// checked against b before anything is allocated for them.
+func readProtobuf(b []byte) ([]*dto.MetricFamily, error) {
+	var families []*dto.MetricFamily
+	for read := 0; read < len(b); {
+		message, n := protowire.ConsumeBytes(b[read:])
+		if n < 0 {
+			return nil, fmt.Errorf("read protobuf at byte %d: %w", read, io.ErrUnexpectedEOF)
+		}
+		family := &dto.MetricFamily{}
+		if err := proto.Unmarshal(message, family); err != nil {
+			return nil, fmt.Errorf("read protobuf at byte %d: %w", read, err)
+		}
+		families = append(families, family)
+		read += n
+	}
+	return families, nil
+}
+
+func readText(b []byte) ([]*dto.MetricFamily, []LeftOut, error) {
+	families, err := parseText(b)
+	if err == nil {
+		return families, nil, nil
+	}
+	mended, left := mendHeaders(b)
+	if len(mended) == len(b) {
+		return nil, nil, err
+	}
+	families, err = parseText(mended)
+	return families, left, err
+}
+
+func parseText(b []byte) ([]*dto.MetricFamily, error) {
+	// UTF-8 names are read so that Rules.Check can leave out just the families that have
+	// them.
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	byName, err := parser.TextToMetricFamilies(bytes.NewReader(b))
+	if err != nil {
+		return nil, err
+	}
+	families := make([]*dto.MetricFamily, 0, len(byName))
+	for _, family := range byName {
+		families = append(families, family)
+	}
+	slices.SortFunc(families, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	return families, nil
+}
+
+// mendHeaders leaves out each HELP and TYPE line of a family that has had one. Samples
+// that follow a TYPE other than the family's first are left out as well, and told.
+func mendHeaders(b []byte) ([]byte, []LeftOut) {
+	helped := make(map[string]bool)
+	types := make(map[string]string)
+	clashing := "" // the family whose samples are being left out
+	var left leftOut
+	mended := make([]byte, 0, len(b))
+	for line := range bytes.Lines(b) {
+		keyword, name, value := header(line)
+		if keyword != "" && name != clashing {
+			clashing = ""
+		}
+		keep := true
+		switch keyword {
+		case "HELP":
+			keep = !helped[name]
+			helped[name] = true
+		case "TYPE":
+			if first, ok := types[name]; !ok {
+				types[name] = value
+			} else {
+				keep = false
+				if first != value {
+					clashing = name
+				}
+			}
+		default:
+			name := sampleName(line)
+			if name == "" {
+				break
+			}
+			if clashing != "" && isSeriesOf(name, clashing) {
+				keep = false
+				left.series(clashing, ReasonClash)
+			} else if types[name] == "" {
+				types[name] = "untyped"
+			}
+		}
+		if keep {
+			mended = append(mended, line...)
+		}
+	}
+	return mended, left.all
+}
+
+// isSeriesOf tells whether a sample of this name may belong to the family.
+func isSeriesOf(name, family string) bool {
+	suffix, ok := strings.CutPrefix(name, family)
+	return ok && slices.Contains([]string{"", "_sum", "_count", "_bucket"}, suffix)
+}
+
+// header returns the keyword, HELP or TYPE, the family's name and the first word after it
+// of such a line, and an empty keyword for another line.
+func header(line []byte) (keyword, name, value string) {
+	rest, ok := bytes.CutPrefix(bytes.TrimLeft(line, " \t"), []byte("#"))
+	if !ok {
+		return "", "", ""
+	}
+	fields := bytes.Fields(rest)
+	if len(fields) < 2 || string(fields[0]) != "HELP" && string(fields[0]) != "TYPE" {
+		return "", "", ""
+	}
+	if len(fields) > 2 {
+		value = string(fields[2])
+	}
+	return string(fields[0]), string(fields[1]), value
+}
+
+// sampleName returns the metric name at the begin of a line, or nothing.
+func sampleName(line []byte) string {
+	line = bytes.TrimLeft(line, " \t")
+	if i := bytes.IndexAny(line, "{ \t\r\n#"); i >= 0 {
+		line = line[:i]
+	}
+	return string(line)
+}
+
+// Samples counts the samples in families as Prometheus counts those of a scrape: a
+// summary has one for each quantile and two for sum and count, a histogram one for each
+// bucket, +Inf included, and two; a native histogram without classic buckets is one.
+func Samples(families []*dto.MetricFamily) int {
+	n := 0
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			switch {
+			case m.GetSummary() != nil:
+				n += len(m.GetSummary().GetQuantile()) + 2
+			case m.GetHistogram() != nil:
+				n += histogramSamples(m.GetHistogram())
+			default:
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func histogramSamples(h *dto.Histogram) int {
+	buckets := h.GetBucket()
+	if len(buckets) == 0 && h.Schema != nil {
+		return 1
+	}
+	n := len(buckets) + 2
+	if len(buckets) == 0 || !isInf(buckets[len(buckets)-1].GetUpperBound()) {
+		n++
+	}
+	return n
+}

@@ -1,0 +1,265 @@
+// Package forwarder scrapes push targets on a schedule and puts what they expose to
+// Pushgateways, in the way that Prometheus would have recorded it.
+package forwarder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"regexp"
+	"sync"
+	"time"
+
+	"github.com/go-co-op/gocron/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/model"
+
+	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/pushgw"
+	"github.com/promferry/promferry/target"
+)
+
+// Scraper reads the whole exposition of a target, or returns a *target.ScrapeError.
+type Scraper interface {
+	Scrape(ctx context.Context, t target.Target) (body []byte, contentType string, err error)
+}
+
+// Gateway is where groups are put; String is its URL as it may be shown. Its methods must
+// return when their context ends.
+type Gateway interface {
+	fmt.Stringer
+	Put(ctx context.Context, key pushgw.GroupingKey, body pushgw.Body) error
+	Delete(ctx context.Context, key pushgw.GroupingKey) error
+}
+
+// OnStop says what becomes of the groups when the forwarder stops.
+type OnStop string
+
+const (
+	// Down replaces each group by up 0 and its companions.
+	Down OnStop = "down"
+	// Delete deletes each group.
+	Delete OnStop = "delete"
+	// Keep leaves each group as it is.
+	Keep OnStop = "keep"
+)
+
+// Config is what a Forwarder works with. All fields are needed but those that say what
+// their zero value means.
+type Config struct {
+	// Targets are what is scraped. No two may have one job.
+	Targets []target.Target
+	// Gateways are where each exposition is put, each on its own.
+	Gateways []Gateway
+	// Scraper reads the targets.
+	Scraper Scraper
+	// Instance is the instance label of each group.
+	Instance string
+	// Labels are further labels of each group's grouping key; nil means none.
+	Labels map[string]string
+	// Schedule says when the targets are scraped. Once and DryRun take from it how long
+	// a failed put is tried again.
+	Schedule Schedule
+	// ScrapeTimeout is how long one scrape may take.
+	ScrapeTimeout time.Duration
+	// PushTimeout is how long one put may take.
+	PushTimeout time.Duration
+	// ExpiresAfter is what each group says it is good for. Zero leaves it out.
+	ExpiresAfter time.Duration
+	// OnStop says what becomes of the groups when Run ends.
+	OnStop OnStop
+	// ShutdownBudget is how long Run takes at most to end.
+	ShutdownBudget time.Duration
+	// Format is what puts are written in.
+	Format exposition.Format
+	// Keep and Drop match names of families; nil keeps all, and drops none.
+	Keep, Drop *regexp.Regexp
+	// Version is this program's, for promferry_info.
+	Version string
+	// Heartbeat is how often OnHeartbeat is called. Zero means never.
+	Heartbeat time.Duration
+	// OnHeartbeat is called from the scheduler, while no cycle and no put is stuck.
+	OnHeartbeat func()
+	// Logger is logged to.
+	Logger *slog.Logger
+	// Registerer takes the forwarder's metrics.
+	Registerer prometheus.Registerer
+}
+
+// Forwarder forwards. One of Run, Once and DryRun can be called, once.
+type Forwarder struct {
+	cfg     Config
+	metrics *metrics
+	targets []*pushTarget
+	workers []*worker
+	status  status
+}
+
+// pushTarget is a target with its group and the state of its cycles.
+type pushTarget struct {
+	target.Target
+	key    pushgw.GroupingKey
+	rules  exposition.Rules
+	faults faults
+
+	cycling sync.Mutex // held through a cycle
+	running stopwatch
+	left    leftOutLog
+}
+
+// New returns a forwarder, which does nothing yet. It fails when a group's key could not
+// be put.
+func New(cfg Config) (*Forwarder, error) {
+	f := &Forwarder{cfg: cfg, metrics: newMetrics(cfg.Registerer, cfg.Targets, cfg.Gateways)}
+	f.status.targets, f.status.gateways = len(cfg.Targets), len(cfg.Gateways)
+	for _, t := range cfg.Targets {
+		labels := map[string]string{model.InstanceLabel: cfg.Instance}
+		grouping := []string{model.JobLabel, model.InstanceLabel}
+		for name, value := range cfg.Labels {
+			labels[name] = value
+			grouping = append(grouping, name)
+		}
+		logger := cfg.Logger.With("target", t.Job)
+		pt := &pushTarget{
+			Target: t,
+			key:    pushgw.GroupingKey{Job: t.Job, Labels: labels},
+			rules:  exposition.Rules{Grouping: grouping, Keep: cfg.Keep, Drop: cfg.Drop},
+			faults: faults{logger: logger},
+			left:   leftOutLog{logger: logger},
+		}
+		if err := pt.key.Validate(); err != nil {
+			return nil, fmt.Errorf("target %s: %w", t, err)
+		}
+		f.targets = append(f.targets, pt)
+	}
+	for _, g := range cfg.Gateways {
+		f.workers = append(f.workers, newWorker(f, g))
+	}
+	return f, nil
+}
+
+// Run forwards until ctx ends, when it ends the cycles in flight, does what OnStop says
+// and returns nil, all within ShutdownBudget. It returns an error when it cannot begin.
+func (f *Forwarder) Run(ctx context.Context) error {
+	scheduler, err := gocron.NewScheduler(gocron.WithStopTimeout(f.cfg.ShutdownBudget))
+	if err != nil {
+		return err
+	}
+	// What is in flight when ctx ends goes on; cut ends it when the budget is used up.
+	work, cut := context.WithCancel(context.WithoutCancel(ctx))
+	defer cut()
+
+	for _, t := range f.targets {
+		job, options := f.cfg.Schedule.job(f.cfg.Instance+"\xff"+t.Job, time.Now())
+		if _, err := scheduler.NewJob(job, gocron.NewTask(func() { f.cycle(work, t) }), options...); err != nil {
+			return fmt.Errorf("schedule %s: %w", t, err)
+		}
+	}
+	if f.cfg.Heartbeat > 0 {
+		if _, err := scheduler.NewJob(gocron.DurationJob(f.cfg.Heartbeat), gocron.NewTask(f.heartbeat),
+			gocron.WithStartAt(gocron.WithStartImmediately())); err != nil {
+			return fmt.Errorf("schedule the heartbeat: %w", err)
+		}
+	}
+
+	var workers, first sync.WaitGroup
+	for _, w := range f.workers {
+		workers.Go(func() { w.run(work) })
+	}
+	for _, t := range f.targets {
+		first.Go(func() { f.cycle(work, t) })
+	}
+	scheduler.Start()
+
+	<-ctx.Done()
+	f.cfg.Logger.Info("Stopping", "cause", context.Cause(ctx), "on_stop", f.cfg.OnStop)
+	budget := time.AfterFunc(f.cfg.ShutdownBudget, cut)
+	defer budget.Stop()
+	if err := scheduler.Shutdown(); err != nil {
+		f.cfg.Logger.Warn("Scheduler did not end in time", "err", err)
+	}
+	first.Wait()
+	for _, w := range f.workers {
+		w.close(false)
+	}
+	workers.Wait()
+	for _, w := range f.workers {
+		workers.Go(func() { w.leave(work) })
+	}
+	workers.Wait()
+	return nil
+}
+
+// Once does one cycle of each target. It returns all that went wrong.
+func (f *Forwarder) Once(ctx context.Context) error {
+	errs := make([]error, len(f.targets)+len(f.workers))
+	var all sync.WaitGroup
+	for i, t := range f.targets {
+		all.Go(func() { errs[i] = f.cycle(ctx, t) })
+	}
+	all.Wait()
+	for i, w := range f.workers {
+		w.close(true)
+		all.Go(func() {
+			w.run(ctx)
+			errs[len(f.targets)+i] = w.lastErrors()
+		})
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// DryRun does one cycle of each target, but writes to w, as text, what it would have put
+// and to which group.
+func (f *Forwarder) DryRun(ctx context.Context, w io.Writer) error {
+	var errs []error
+	for _, t := range f.targets {
+		c := f.scrape(ctx, t)
+		errs = append(errs, c.err)
+		for _, gateway := range f.cfg.Gateways {
+			if _, err := fmt.Fprintf(w, "# put to %s, group %s\n", gateway, t.key); err != nil {
+				return err
+			}
+		}
+		for _, l := range c.left {
+			if _, err := fmt.Fprintf(w, "# left out: %s\n", describe(l)); err != nil {
+				return err
+			}
+		}
+		if err := exposition.Write(w, c.families, exposition.Text); err != nil {
+			return err
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Reload forgets which families Pushgateways refused: they are put again.
+func (f *Forwarder) Reload() {
+	for _, w := range f.workers {
+		w.forgetRefused()
+	}
+}
+
+// Status returns a sentence for an operator: targets, last put, last fault. It is safe
+// for concurrent use.
+func (f *Forwarder) Status() string { return f.status.String() }
+
+// stuckAfter is by how much a scrape or put may overrun its timeout, before the forwarder
+// counts as stuck rather than as late.
+const stuckAfter = 10 * time.Second
+
+func (f *Forwarder) heartbeat() {
+	for _, t := range f.targets {
+		if t.running.elapsed() > f.cfg.ScrapeTimeout+stuckAfter {
+			return
+		}
+	}
+	for _, w := range f.workers {
+		if w.running.elapsed() > f.cfg.PushTimeout+stuckAfter {
+			return
+		}
+	}
+	f.cfg.OnHeartbeat()
+}

@@ -1,0 +1,203 @@
+package pushgw
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/promferry/promferry/internal/safeurl"
+)
+
+// Doer sends HTTP requests.
+type Doer interface {
+	Do(req *http.Request) (*http.Response, error)
+}
+
+// Client puts and deletes groups on one Pushgateway, or on another receiver that has a
+// Pushgateway's paths below its URL. It is safe for concurrent use.
+type Client struct {
+	base *url.URL
+	http Doer
+}
+
+// New returns a client for the Pushgateway at base, to which a path may belong, as behind
+// a reverse proxy. The Doer must not follow redirects: Go would put to wherever they lead.
+func New(base *url.URL, http Doer) *Client {
+	u := *base
+	u.Path = strings.TrimRight(u.Path, "/")
+	u.RawPath = strings.TrimRight(u.RawPath, "/")
+	return &Client{base: &u, http: http}
+}
+
+// String returns the Pushgateway's URL as it may be shown.
+func (c *Client) String() string { return safeurl.String(c.base) }
+
+// Body is what a put sends.
+type Body struct {
+	// ContentType is the Content-Type header.
+	ContentType string
+	// Gzipped is the exposition, gzipped.
+	Gzipped []byte
+}
+
+// Put replaces the whole group. Errors are *StatusError where the Pushgateway answered.
+func (c *Client) Put(ctx context.Context, key GroupingKey, body Body) error {
+	req, err := c.request(ctx, http.MethodPut, key, bytes.NewReader(body.Gzipped))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", body.ContentType)
+	req.Header.Set("Content-Encoding", "gzip")
+	return c.do(req)
+}
+
+// Delete deletes the group, if there is one.
+func (c *Client) Delete(ctx context.Context, key GroupingKey) error {
+	req, err := c.request(ctx, http.MethodDelete, key, nil)
+	if err != nil {
+		return err
+	}
+	return c.do(req)
+}
+
+func (c *Client) request(ctx context.Context, method string, key GroupingKey, body io.Reader) (*http.Request, error) {
+	if err := key.Validate(); err != nil {
+		return nil, err
+	}
+	u := c.base.JoinPath(key.Path())
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: the URL makes no request", strings.ToLower(method), safeurl.String(u))
+	}
+	return req, nil
+}
+
+// maxMessage is how much is read of what a Pushgateway answers, in bytes. A refusal
+// has a line, with the series, for each family it names.
+const maxMessage = 64 << 10
+
+func (c *Client) do(req *http.Request) error {
+	op := strings.ToLower(req.Method)
+	resp, err := c.http.Do(req)
+	if err != nil {
+		if isTimeout(req.Context(), err) {
+			err = errTimeout
+		}
+		return fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	// To the end, so that the connection can be used again.
+	message, err := io.ReadAll(io.LimitReader(resp.Body, maxMessage))
+	// A Pushgateway answers 200, or 202 when it does not check; other receivers 204.
+	if resp.StatusCode/100 == 2 {
+		return nil
+	}
+	if err != nil {
+		message = nil
+	}
+	return &StatusError{
+		Op:         op,
+		URL:        safeurl.String(req.URL),
+		Code:       resp.StatusCode,
+		Message:    strings.TrimSpace(string(message)),
+		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
+	}
+}
+
+// errTimeout is in an error after which nobody knows whether the Pushgateway will still
+// do what it was asked to.
+var errTimeout = errors.New("timed out")
+
+// IsTimeout tells whether err says that the time was up. What was asked for may still
+// happen then: a Pushgateway does not notice that its client has gone.
+func IsTimeout(err error) bool { return errors.Is(err, errTimeout) }
+
+// IsRefused tells whether err says that nothing listens where the Pushgateway should.
+func IsRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
+
+func isTimeout(ctx context.Context, err error) bool {
+	ne, ok := errors.AsType[net.Error](err)
+	return ctx.Err() != nil || ok && ne.Timeout()
+}
+
+// StatusError is an answer whose status is no success.
+type StatusError struct {
+	// Op is put or delete.
+	Op string
+	// URL is the group's, as it may be shown.
+	URL string
+	// Code is the HTTP status.
+	Code int
+	// Message is the begin of the body.
+	Message string
+	// RetryAfter is how long the Pushgateway asks to wait, or 0.
+	RetryAfter time.Duration
+}
+
+// maxShown is how much of a message an error shows, in bytes: a line of a log.
+const maxShown = 300
+
+func (e *StatusError) Error() string {
+	s := fmt.Sprintf("%s %s: unexpected status %d", e.Op, e.URL, e.Code)
+	if e.Message != "" {
+		message := strings.Join(strings.Fields(e.Message), " ")
+		if len(message) > maxShown {
+			message = strings.ToValidUTF8(message[:maxShown], "") + "..."
+		}
+		s += ": " + message
+	}
+	return s
+}
+
+// Temporary tells whether the same put may succeed later.
+func (e *StatusError) Temporary() bool { return e.Code/100 == 5 }
+
+// Refused tells whether the Pushgateway took offence at what was sent.
+func (e *StatusError) Refused() bool { return e.Code == http.StatusBadRequest }
+
+// familyNamed matches the places where the consistency check of a Pushgateway (it is
+// client_golang's) names a family, quoted or not.
+var familyNamed = regexp.MustCompile(`(?:collected metric|metric family|named) "?([a-zA-Z_:][a-zA-Z0-9_:]*)`)
+
+// Families returns the names of the families that the Pushgateway took offence at, as far
+// as its message names any: two where the names of two clash, one fault on each line.
+func (e *StatusError) Families() []string {
+	var names []string
+	for line := range strings.Lines(e.Message) {
+		// Between braces stand labels and values, which could hold anything.
+		if open := strings.Index(line, "{"); open >= 0 {
+			line = line[:open] + line[max(open, strings.LastIndex(line, "}")):]
+		}
+		for _, match := range familyNamed.FindAllStringSubmatch(line, -1) {
+			if match[1] != "named" && !slices.Contains(names, match[1]) {
+				names = append(names, match[1])
+			}
+		}
+	}
+	return names
+}
+
+// retryAfter reads a Retry-After header: seconds, or a date (RFC 9110, section 10.2.3).
+func retryAfter(s string) time.Duration {
+	if seconds, err := strconv.Atoi(s); err == nil {
+		return max(0, min(time.Duration(seconds), maxRetryAfterSeconds)*time.Second)
+	}
+	if date, err := http.ParseTime(s); err == nil {
+		return max(0, time.Until(date))
+	}
+	return 0
+}
+
+// maxRetryAfterSeconds, a year, keeps a number of seconds from overflowing.
+const maxRetryAfterSeconds = 365 * 24 * 3600
