@@ -23,8 +23,8 @@ const (
 	ReasonName Reason = "name"
 	// ReasonType: a series has no value of its family's type, or the type is unknown.
 	ReasonType Reason = "type"
-	// ReasonClash: another family of the exposition has the same name and another type,
-	// or has the name of one of this summary's or histogram's series.
+	// ReasonClash: another family of the exposition has the same name and another type; or
+	// one of a summary's or histogram's series and a family have one name.
 	ReasonClash Reason = "clash"
 	// ReasonDuplicate: the series, or a bucket or quantile of it, came before.
 	ReasonDuplicate Reason = "duplicate"
@@ -98,19 +98,25 @@ func (r Rules) Check(families []*dto.MetricFamily) ([]*dto.MetricFamily, []LeftO
 		}
 		return false
 	})
+	clashing := make(map[string]bool)
+	for _, family := range kept {
+		if base := clashesWith(family.GetName(), byName); base != "" {
+			clashing[family.GetName()], clashing[base] = true, true
+		}
+	}
 	kept = slices.DeleteFunc(kept, func(family *dto.MetricFamily) bool {
-		clash := hasNameOfSeries(family.GetName(), byName)
-		if clash {
+		if clashing[family.GetName()] {
 			left.family(family.GetName(), ReasonClash)
 		}
-		return clash
+		return clashing[family.GetName()]
 	})
 	return kept, left.all
 }
 
-// hasNameOfSeries tells whether name is what a summary or histogram of the exposition
-// calls one of its series.
-func hasNameOfSeries(name string, byName map[string]*dto.MetricFamily) bool {
+// clashesWith returns the summary or histogram of the exposition that calls one of its
+// series by this name, or nothing. In a text nobody can tell which of the two families a
+// sample belongs to.
+func clashesWith(name string, byName map[string]*dto.MetricFamily) string {
 	for _, suffix := range []string{"_count", "_sum", "_bucket"} {
 		base, ok := strings.CutSuffix(name, suffix)
 		if !ok || byName[base] == nil {
@@ -118,12 +124,14 @@ func hasNameOfSeries(name string, byName map[string]*dto.MetricFamily) bool {
 		}
 		switch byName[base].GetType() {
 		case dto.MetricType_SUMMARY:
-			return suffix != "_bucket"
+			if suffix != "_bucket" {
+				return base
+			}
 		case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
-			return true
+			return base
 		}
 	}
-	return false
+	return ""
 }
 
 // checkSeries takes the series out of family that cannot be put.
@@ -191,11 +199,12 @@ func (r Rules) checkOne(m *dto.Metric, typ dto.MetricType) Reason {
 // sorts. It returns ReasonLabel when m cannot be put.
 func (r Rules) checkLabels(m *dto.Metric, forbidden string) Reason {
 	m.Label = slices.DeleteFunc(m.Label, func(l *dto.LabelPair) bool { return l.GetValue() == "" })
+	sortLabels(m.Label)
 	var conflicts []*dto.LabelPair
 	for i, l := range m.Label {
 		name := l.GetName()
 		if !model.LegacyValidation.IsValidLabelName(name) || strings.HasPrefix(name, model.ReservedLabelPrefix) ||
-			name == forbidden || !utf8.ValidString(l.GetValue()) || labelNamed(m.Label[:i], name) {
+			name == forbidden || !utf8.ValidString(l.GetValue()) || i > 0 && m.Label[i-1].GetName() == name {
 			return ReasonLabel
 		}
 		if slices.Contains(r.Grouping, name) {
@@ -212,8 +221,14 @@ func (r Rules) checkLabels(m *dto.Metric, forbidden string) Reason {
 		}
 		l.Name = &name
 	}
-	slices.SortFunc(m.Label, func(a, b *dto.LabelPair) int { return strings.Compare(a.GetName(), b.GetName()) })
+	if conflicts != nil {
+		sortLabels(m.Label)
+	}
 	return ""
+}
+
+func sortLabels(labels []*dto.LabelPair) {
+	slices.SortFunc(labels, func(a, b *dto.LabelPair) int { return strings.Compare(a.GetName(), b.GetName()) })
 }
 
 func labelNamed(labels []*dto.LabelPair, name string) bool {
@@ -255,7 +270,8 @@ func isInf(f float64) bool { return math.IsInf(f, +1) }
 
 // leftOut collects what was left out, a family's series together.
 type leftOut struct {
-	all []LeftOut
+	all   []LeftOut
+	index map[LeftOut]int // by family and reason, of those that count series
 }
 
 func (l *leftOut) family(name string, reason Reason) {
@@ -263,11 +279,15 @@ func (l *leftOut) family(name string, reason Reason) {
 }
 
 func (l *leftOut) series(name string, reason Reason) {
-	for i := range l.all {
-		if l.all[i].Family == name && l.all[i].Reason == reason && l.all[i].Series > 0 {
-			l.all[i].Series++
-			return
+	key := LeftOut{Family: name, Reason: reason}
+	i, ok := l.index[key]
+	if !ok {
+		if l.index == nil {
+			l.index = make(map[LeftOut]int)
 		}
+		i = len(l.all)
+		l.index[key] = i
+		l.all = append(l.all, key)
 	}
-	l.all = append(l.all, LeftOut{Family: name, Reason: reason, Series: 1})
+	l.all[i].Series++
 }

@@ -4,6 +4,8 @@ package exposition
 
 import (
 	"bytes"
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -32,10 +34,12 @@ var ErrEmpty = errors.New("exposition without any sample")
 // they came: Rules.Check is still to follow. A fault costs the whole exposition, for a
 // part of one must not pass for all of it.
 //
+// A long exposition takes time: when ctx ends, its error is returned.
+//
 // There is one fault in a text that Read mends: a family whose HELP or TYPE stands more
 // than once, as when two exporters' answers are written one after the other. The first of
 // them counts; samples under another TYPE are left out, and told.
-func Read(b []byte, contentType string) ([]*dto.MetricFamily, []LeftOut, error) {
+func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamily, []LeftOut, error) {
 	format := expfmt.FmtText
 	if contentType != "" {
 		format = expfmt.ResponseFormat(http.Header{"Content-Type": {contentType}})
@@ -47,7 +51,7 @@ func Read(b []byte, contentType string) ([]*dto.MetricFamily, []LeftOut, error) 
 	case expfmt.TypeProtoDelim:
 		families, err = readProtobuf(b)
 	case expfmt.TypeTextPlain:
-		families, left, err = readText(b)
+		families, left, err = readText(ctx, b)
 	default:
 		return nil, nil, fmt.Errorf("unexpected content type %q", contentType)
 	}
@@ -79,26 +83,33 @@ func readProtobuf(b []byte) ([]*dto.MetricFamily, error) {
 	return families, nil
 }
 
-func readText(b []byte) ([]*dto.MetricFamily, []LeftOut, error) {
-	families, err := parseText(b)
-	if err == nil {
-		return families, nil, nil
+func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, error) {
+	if bytes.Count(b, []byte("\n")) > maxLines {
+		return nil, nil, fmt.Errorf("more than %d lines", maxLines)
+	}
+	families, err := parseText(ctx, b)
+	if err == nil || ctx.Err() != nil {
+		return families, nil, err
 	}
 	mended, left := mendHeaders(b)
 	if len(mended) == len(b) {
 		return nil, nil, err
 	}
-	families, err = parseText(mended)
+	families, err = parseText(ctx, mended)
 	return families, left, err
 }
 
-func parseText(b []byte) ([]*dto.MetricFamily, error) {
+// maxLines bounds the memory that a text takes: a line of four bytes makes a series of
+// some hundred. A node exposes a thousand of them, the largest exporters some 100,000.
+const maxLines = 2_000_000
+
+func parseText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	// UTF-8 names are read so that Rules.Check can leave out just the families that have
 	// them.
 	parser := expfmt.NewTextParser(model.UTF8Validation)
-	byName, err := parser.TextToMetricFamilies(bytes.NewReader(b))
+	byName, err := parser.TextToMetricFamilies(&reader{ctx: ctx, r: bytes.NewReader(b)})
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(ctx.Err(), err)
 	}
 	families := make([]*dto.MetricFamily, 0, len(byName))
 	for _, family := range byName {
@@ -106,6 +117,20 @@ func parseText(b []byte) ([]*dto.MetricFamily, error) {
 	}
 	slices.SortFunc(families, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
 	return families, nil
+}
+
+// reader ends with ctx. The parser takes time that grows with the square of the number of
+// labels of a series, and has no other way to be stopped.
+type reader struct {
+	ctx context.Context //nolint:containedctx // It stands for a parameter that io.Reader has not.
+	r   io.Reader
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
 }
 
 // mendHeaders leaves out each HELP and TYPE line of a family that has had one. Samples

@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/model"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/promferry/promferry/exposition"
@@ -68,11 +70,14 @@ func (f *Forwarder) scrape(ctx context.Context, t *pushTarget) *contents {
 	var families []*dto.MetricFamily
 	var left []exposition.LeftOut
 	if err == nil {
-		families, left, err = exposition.Read(body, contentType)
+		families, left, err = exposition.Read(scrapeCtx, body, contentType)
 		if err != nil {
 			reason := target.ReasonNotMetrics
-			if errors.Is(err, exposition.ErrEmpty) {
+			switch {
+			case errors.Is(err, exposition.ErrEmpty):
 				reason = target.ReasonEmpty
+			case scrapeCtx.Err() != nil:
+				reason = target.ReasonTimeout
 			}
 			err = &target.ScrapeError{Reason: reason, URL: safeurl.String(t.URL), Err: err}
 		}
@@ -202,12 +207,11 @@ func describe(l exposition.LeftOut) string {
 	if len(name) > maxToldName {
 		name = name[:maxToldName] + "..."
 	}
-	switch l.Series {
-	case 0:
-		return fmt.Sprintf("%q (%s)", name, l.Reason)
-	case 1:
-		return fmt.Sprintf("%q (%s, 1 series)", name, l.Reason)
-	default:
-		return fmt.Sprintf("%q (%s, %d series)", name, l.Reason, l.Series)
+	if !model.LegacyValidation.IsValidMetricName(name) {
+		name = strconv.Quote(name)
 	}
+	if l.Series == 0 {
+		return fmt.Sprintf("%s (%s)", name, l.Reason)
+	}
+	return fmt.Sprintf("%s (%s, %d series)", name, l.Reason, l.Series)
 }

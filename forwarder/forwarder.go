@@ -147,13 +147,16 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// What is in flight when ctx ends goes on; cut ends it when the budget is used up.
+	// What is in flight when ctx ends goes on: a scrape for half of the budget, so that
+	// there is time to put, a put for all of it.
 	work, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
+	scrapes, cutScrapes := context.WithCancel(work)
+	defer cutScrapes()
 
 	for _, t := range f.targets {
 		job, options := f.cfg.Schedule.job(f.cfg.Instance+"\xff"+t.Job, time.Now())
-		if _, err := scheduler.NewJob(job, gocron.NewTask(func() { f.cycle(work, t) }), options...); err != nil {
+		if _, err := scheduler.NewJob(job, gocron.NewTask(func() { _ = f.cycle(scrapes, t) }), options...); err != nil {
 			return fmt.Errorf("schedule %s: %w", t, err)
 		}
 	}
@@ -169,7 +172,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		workers.Go(func() { w.run(work) })
 	}
 	for _, t := range f.targets {
-		first.Go(func() { f.cycle(work, t) })
+		first.Go(func() { _ = f.cycle(scrapes, t) })
 	}
 	scheduler.Start()
 
@@ -177,6 +180,8 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.cfg.Logger.Info("Stopping", "cause", context.Cause(ctx), "on_stop", f.cfg.OnStop)
 	budget := time.AfterFunc(f.cfg.ShutdownBudget, cut)
 	defer budget.Stop()
+	half := time.AfterFunc(f.cfg.ShutdownBudget/2, cutScrapes)
+	defer half.Stop()
 	if err := scheduler.Shutdown(); err != nil {
 		f.cfg.Logger.Warn("Scheduler did not end in time", "err", err)
 	}

@@ -168,7 +168,7 @@ func (e *StatusError) Refused() bool { return e.Code == http.StatusBadRequest }
 
 // familyNamed matches the places where the consistency check of a Pushgateway (it is
 // client_golang's) names a family, quoted or not.
-var familyNamed = regexp.MustCompile(`(?:collected metric|metric family|named) "?([a-zA-Z_:][a-zA-Z0-9_:]*)`)
+var familyNamed = regexp.MustCompile(`(?:collected metric|metric family|named) (?:named )?"?([a-zA-Z_:][a-zA-Z0-9_:]*)`)
 
 // Families returns the names of the families that the Pushgateway took offence at, as far
 // as its message names any: two where the names of two clash, one fault on each line.
@@ -180,7 +180,7 @@ func (e *StatusError) Families() []string {
 			line = line[:open] + line[max(open, strings.LastIndex(line, "}")):]
 		}
 		for _, match := range familyNamed.FindAllStringSubmatch(line, -1) {
-			if match[1] != "named" && !slices.Contains(names, match[1]) {
+			if !slices.Contains(names, match[1]) {
 				names = append(names, match[1])
 			}
 		}

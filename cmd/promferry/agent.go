@@ -36,7 +36,6 @@ const shutdownBudget = 20 * time.Second
 
 // agentCommand is promferry agent.
 type agentCommand struct {
-	clause   *kingpin.CmdClause
 	settings *agentSettings
 	unknown  []error // what the environment held besides the settings
 	once     bool
@@ -44,18 +43,14 @@ type agentCommand struct {
 }
 
 func newAgentCommand(app *kingpin.Application) *agentCommand {
-	a := &agentCommand{
-		clause:   app.Command("agent", "Scrape targets on this host and put what they expose to Pushgateways."),
-		settings: newAgentSettings(),
-	}
+	clause := app.Command("agent", "Scrape targets on this host and put what they expose to Pushgateways.")
+	a := &agentCommand{settings: newAgentSettings()}
 	a.unknown = readEnvironment(a.settings, a.settings.all())
-	a.settings.register(a.clause)
-	a.clause.Flag("once", "Scrape and put once, and exit: 0 when all went well, 1 otherwise.").BoolVar(&a.once)
-	a.clause.Flag("dry-run", "Scrape once, print what would be put and to which group, and put nothing.").BoolVar(&a.dryRun)
+	a.settings.register(clause)
+	clause.Flag("once", "Scrape and put once, and exit: 0 when all went well, 1 otherwise.").BoolVar(&a.once)
+	clause.Flag("dry-run", "Scrape once, print what would be put and to which group, and put nothing.").BoolVar(&a.dryRun)
 	return a
 }
-
-func (a *agentCommand) name() string { return a.clause.FullCommand() }
 
 // run runs the agent until ctx ends.
 func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error {
@@ -109,11 +104,15 @@ func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error 
 		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
 	}
 	r := newReloader(registry, logger, func() error {
-		err := errors.Join(scrapeClient.Reload(), pushClient.Reload(), validateWebConfig(s.WebConfigFile.value))
-		if err == nil {
-			forward.Reload()
+		useScrape, scrapeErr := scrapeClient.Load()
+		usePush, pushErr := pushClient.Load()
+		if err := errors.Join(scrapeErr, pushErr, validateWebConfig(s.WebConfigFile.value)); err != nil {
+			return err
 		}
-		return err
+		useScrape()
+		usePush()
+		forward.Reload()
+		return nil
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, logger)

@@ -2,6 +2,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,7 @@ func main() {
 
 // run does what args say and returns the exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	version.Version = cmp.Or(version.Version, "unknown") // A plain go build does not set it.
 	app := kingpin.New("promferry", "Ferries Prometheus metrics out of places that Prometheus cannot reach.")
 	app.UsageWriter(stdout).ErrorWriter(stderr).HelpFlag.Short('h')
 	exited := -1
@@ -44,14 +46,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	app.VersionFlag.Hidden()
 	agent := newAgentCommand(app)
 
-	command, err := app.Parse(args)
+	err := errors.New("a command is missing")
+	if len(args) > 0 { // kingpin would print the help, and call that a success.
+		_, err = app.Parse(args)
+	}
 	if exited >= 0 { // --help or --version was asked for, and printed.
 		return exited
 	}
-	if err == nil && command == agent.name() {
-		err = agent.run(ctx, stdout, stderr)
-	} else if err != nil {
+	if err != nil {
 		err = usageError{fmt.Errorf("%w; see promferry --help", err)}
+	} else {
+		err = agent.run(ctx, stdout, stderr) // The only command.
 	}
 	if err == nil {
 		return 0

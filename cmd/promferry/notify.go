@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"os"
+	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -27,8 +29,11 @@ func newNotifier(logger *slog.Logger) *notifier {
 }
 
 // interval returns how often alive is to be called: twice in the time of the watchdog
-// (sd_watchdog_enabled(3)), and often enough for the status.
+// (sd_watchdog_enabled(3)), and often enough for the status; 0 when nobody listens.
 func (n *notifier) interval() time.Duration {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return 0
+	}
 	if n.watchdog > 0 {
 		return min(n.watchdog/2, statusInterval)
 	}
@@ -37,7 +42,8 @@ func (n *notifier) interval() time.Duration {
 
 // alive feeds the watchdog and tells the status.
 func (n *notifier) alive(status string) {
-	n.send("WATCHDOG=1\nSTATUS=" + status)
+	// One line: the next one would be an assignment of its own.
+	n.send("WATCHDOG=1\nSTATUS=" + strings.Join(strings.Fields(status), " "))
 }
 
 func (n *notifier) ready() { n.send(daemon.SdNotifyReady) }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"sync/atomic"
 
@@ -28,17 +29,24 @@ type Client struct {
 // requests without credentials. Name stands in errors, and tells clients apart.
 func New(name, file string) (*Client, error) {
 	c := &Client{name: name, file: file}
-	return c, c.Reload()
+	use, err := c.Load()
+	if err != nil {
+		return nil, err
+	}
+	use()
+	return c, nil
 }
 
-// Reload reads the file again, and every certificate and key it names. Requests on their
-// way end as they began. On an error nothing changes.
-func (c *Client) Reload() error {
+// Load reads the file again, and every certificate, key and secret that it names. Nothing
+// changes before use is called; requests on their way end as they began.
+func (c *Client) Load() (use func(), err error) {
 	cfg := &config.HTTPClientConfig{}
 	if c.file != "" {
-		var err error
 		if cfg, _, err = config.LoadHTTPConfigFile(c.file); err != nil {
-			return fmt.Errorf("read %s: %w", c.file, withoutValues(err))
+			return nil, fmt.Errorf("read %s: %w", c.file, withoutValues(err))
+		}
+		if err := readable(cfg); err != nil {
+			return nil, fmt.Errorf("use %s: %w", c.file, err)
 		}
 	}
 	cfg.FollowRedirects = false
@@ -47,10 +55,34 @@ func (c *Client) Reload() error {
 	cfg.EnableHTTP2 = false
 	client, err := config.NewClientFromConfig(*cfg, c.name, config.WithHTTP2Disabled(), config.WithUserAgent(UserAgent()))
 	if err != nil {
-		return fmt.Errorf("use %s: %w", c.file, withoutValues(err))
+		return nil, fmt.Errorf("use %s: %w", c.file, withoutValues(err))
 	}
-	if old := c.current.Swap(client); old != nil {
-		old.CloseIdleConnections()
+	return func() {
+		if old := c.current.Swap(client); old != nil {
+			old.CloseIdleConnections()
+		}
+	}, nil
+}
+
+// readable checks the files with secrets, which are otherwise read with each request only.
+func readable(cfg *config.HTTPClientConfig) error {
+	var files []string
+	if cfg.BasicAuth != nil {
+		files = append(files, cfg.BasicAuth.UsernameFile, cfg.BasicAuth.PasswordFile)
+	}
+	if cfg.Authorization != nil {
+		files = append(files, cfg.Authorization.CredentialsFile)
+	}
+	if cfg.OAuth2 != nil {
+		files = append(files, cfg.OAuth2.ClientSecretFile)
+	}
+	for _, file := range files {
+		if file == "" {
+			continue
+		}
+		if _, err := os.ReadFile(file); err != nil { //nolint:gosec // The operator names it.
+			return err
+		}
 	}
 	return nil
 }

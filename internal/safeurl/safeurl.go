@@ -12,7 +12,10 @@ const hidden = "..."
 
 // String returns u without its user-info, query and fragment.
 func String(u *url.URL) string {
-	shown := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath, Opaque: u.Opaque}
+	shown := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}
+	if u.Opaque != "" {
+		shown.Opaque = hidden
+	}
 	s := shown.String()
 	if u.RawQuery != "" {
 		s += "?" + hidden
@@ -24,13 +27,10 @@ func String(u *url.URL) string {
 // for a URL.
 func Text(s string) string {
 	head, rest, ok := strings.Cut(s, "://")
-	if !ok {
-		head, rest = "", s
-	} else {
+	if ok {
 		head += "://"
-	}
-	if before, _, ok := strings.Cut(rest, "?"); ok && !strings.Contains(before, "@") {
-		rest = before + "?" + hidden
+	} else {
+		head, rest = "", s
 	}
 	if i := strings.LastIndex(rest, "@"); i >= 0 {
 		rest = hidden + rest[i:]

@@ -1,0 +1,101 @@
+package lockfile_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/promferry/promferry/lockfile"
+)
+
+// TestMain is also the other process: with HOLD set it takes that lock, says so, and
+// holds it until it is killed.
+func TestMain(m *testing.M) {
+	if path := os.Getenv("HOLD"); path != "" {
+		if _, err := lockfile.Acquire(path); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println("held")
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+func TestSecondProcessIsRefusedUntilTheFirstIsKilled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.pid")
+	holder := exec.CommandContext(t.Context(), os.Args[0])
+	holder.Env = append(os.Environ(), "HOLD="+path)
+	stdout, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, 100)
+	n, err := stdout.Read(line)
+	if err != nil || string(line[:n]) != "held\n" {
+		t.Fatalf("holder said %q, %v", line[:n], err)
+	}
+
+	_, err = lockfile.Acquire(path)
+	held, ok := errors.AsType[*lockfile.HeldError](err)
+	if !ok {
+		t.Fatalf("got %v, want a HeldError", err)
+	}
+	if held.PID != holder.Process.Pid || held.Path != path {
+		t.Errorf("got %+v, want PID %d, path %s", held, holder.Process.Pid, path)
+	}
+	if want := fmt.Sprint("PID ", holder.Process.Pid); !strings.Contains(err.Error(), want) {
+		t.Errorf("error %q does not say %q", err, want)
+	}
+
+	if err := holder.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = holder.Wait()
+	lock, err := lockfile.Acquire(path)
+	if err != nil {
+		t.Fatalf("after kill -9: %v", err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != fmt.Sprintf("%d\n", os.Getpid()) {
+		t.Errorf("lock file holds %q, %v, want our PID %d", b, err, os.Getpid())
+	}
+	if err := lock.Release(); err != nil {
+		t.Errorf("release: %v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("the file must stay: %v", err)
+	}
+}
+
+func TestSameProcessIsRefusedToo(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.pid")
+	lock, err := lockfile.Acquire(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lockfile.Acquire(path); err == nil {
+		t.Error("a second lock in one process was granted")
+	}
+	if err := lock.Release(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := lockfile.Acquire(path)
+	if err != nil {
+		t.Fatalf("after release: %v", err)
+	}
+	_ = again.Release()
+}
+
+func TestErrorNamesThePath(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "missing", "agent.pid")
+	if _, err := lockfile.Acquire(path); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("got %v, want an error that names %s", err, path)
+	}
+}
