@@ -143,7 +143,7 @@ func New(cfg Config) (*Forwarder, error) {
 // Run forwards until ctx ends, when it ends the cycles in flight, does what OnStop says
 // and returns nil, all within ShutdownBudget. It returns an error when it cannot begin.
 func (f *Forwarder) Run(ctx context.Context) error {
-	scheduler, err := gocron.NewScheduler(gocron.WithStopTimeout(f.cfg.ShutdownBudget))
+	scheduler, err := gocron.NewScheduler()
 	if err != nil {
 		return err
 	}
@@ -154,9 +154,10 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	scrapes, cutScrapes := context.WithCancel(work)
 	defer cutScrapes()
 
+	var cycles gate
 	for _, t := range f.targets {
 		job, options := f.cfg.Schedule.job(f.cfg.Instance+"\xff"+t.Job, time.Now())
-		if _, err := scheduler.NewJob(job, gocron.NewTask(func() { _ = f.cycle(scrapes, t) }), options...); err != nil {
+		if _, err := scheduler.NewJob(job, gocron.NewTask(func() { cycles.run(func() { _ = f.cycle(scrapes, t) }) }), options...); err != nil {
 			return fmt.Errorf("schedule %s: %w", t, err)
 		}
 	}
@@ -172,7 +173,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		workers.Go(func() { w.run(work) })
 	}
 	for _, t := range f.targets {
-		first.Go(func() { _ = f.cycle(scrapes, t) })
+		first.Go(func() { cycles.run(func() { _ = f.cycle(scrapes, t) }) })
 	}
 	scheduler.Start()
 
@@ -182,10 +183,12 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	defer budget.Stop()
 	half := time.AfterFunc(f.cfg.ShutdownBudget/2, cutScrapes)
 	defer half.Stop()
+	// Before the scheduler, which would wait for them in a loop that takes a whole core.
+	cycles.close()
+	first.Wait()
 	if err := scheduler.Shutdown(); err != nil {
 		f.cfg.Logger.Warn("Scheduler did not end in time", "err", err)
 	}
-	first.Wait()
 	for _, w := range f.workers {
 		w.close(false)
 	}
@@ -250,6 +253,34 @@ func (f *Forwarder) Reload() {
 // Status returns a sentence for an operator: targets, last put, last fault. It is safe
 // for concurrent use.
 func (f *Forwarder) Status() string { return f.status.String() }
+
+// gate lets functions run until it is closed.
+type gate struct {
+	mu      sync.Mutex
+	closed  bool
+	running sync.WaitGroup
+}
+
+// run runs f, unless the gate is closed.
+func (g *gate) run(f func()) {
+	g.mu.Lock()
+	if g.closed {
+		g.mu.Unlock()
+		return
+	}
+	g.running.Add(1)
+	g.mu.Unlock()
+	defer g.running.Done()
+	f()
+}
+
+// close waits for what runs.
+func (g *gate) close() {
+	g.mu.Lock()
+	g.closed = true
+	g.mu.Unlock()
+	g.running.Wait()
+}
 
 // stuckAfter is by how much a scrape or put may overrun its timeout, before the forwarder
 // counts as stuck rather than as late.
