@@ -1,0 +1,75 @@
+# Each target installs what it needs into .tools; `rm -r .tools` undoes all of it.
+
+TOOLS := $(CURDIR)/.tools
+BIN   := $(TOOLS)/bin
+
+# The version in a tool's file name is its stamp: a new version is a new file.
+GOTESTSUM     := $(BIN)/gotestsum-v1.13.0
+GOLANGCI_LINT := $(BIN)/golangci-lint-v2.15.0
+NODE_EXPORTER := $(BIN)/node_exporter-v1.12.1
+
+# Build information, as `promferry --version` and promferry_build_info show it. The
+# date is the commit's, so that one commit makes one binary.
+VERSION  ?= $(or $(patsubst v%,%,$(shell git describe --tags --always --dirty 2>/dev/null)),unknown)
+REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
+BRANCH   ?= $(shell git rev-parse --abbrev-ref HEAD 2>/dev/null)
+DATE     ?= $(shell git log -1 --format=%cI 2>/dev/null)
+X        := github.com/prometheus/common/version
+LDFLAGS   = -s -w -X $X.Version=$(VERSION) -X $X.Revision=$(REVISION) -X $X.Branch=$(BRANCH) -X $X.BuildDate=$(DATE)
+
+# The race detector needs cgo: a C compiler with its headers.
+RACE = $(shell printf '\043include <stdlib.h>\nint main(void) { return 0; }\n' | $$(go env CC) -x c -o /dev/null - 2>/dev/null && echo -race)
+
+.DEFAULT_GOAL := help
+.PHONY: build test e2e lint fmt bench demo image tools clean help
+
+build: ## build ./promferry, one static binary
+	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '$(LDFLAGS)' -o promferry ./cmd/promferry
+
+test: $(GOTESTSUM) ## unit tests, with the race detector where there is a C compiler
+	$(GOTESTSUM) --format pkgname-and-test-fails -- $(RACE) -timeout 5m ./...
+
+e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway, node_exporter, systemd
+	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
+
+lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, go.mod tidy
+	@command -v shellcheck >/dev/null || { echo 'lint needs shellcheck (apt-get install shellcheck)' >&2; exit 1; }
+	shellcheck .ci/run $$(find . -name '*.sh' -not -path './.tools/*')
+	go mod tidy -diff
+	go vet -tags e2e,bench ./...
+	$(GOLANGCI_LINT) config verify
+	$(GOLANGCI_LINT) run
+
+fmt: $(GOLANGCI_LINT) ## format the Go code
+	$(GOLANGCI_LINT) fmt
+
+bench: build tools ## measure every figure that the README claims
+	go run -tags bench ./bench
+
+demo: build tools ## the main job on this machine, until Ctrl-C
+	@go build -buildvcs=false -o $(BIN)/demo ./e2e/demo
+	@$(BIN)/demo -promferry ./promferry
+
+image: ## build the container image and run it
+	docker/image.sh
+
+tools: $(if $(NODE_EXPORTER_BIN),,$(NODE_EXPORTER)) ## install the real programs that e2e, bench and demo run
+	@tools/programs.sh $(TOOLS)
+
+clean: ## remove what the other targets made
+	rm -rf .tools promferry dist
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(GOTESTSUM):
+	@tools/go-install.sh gotest.tools/gotestsum v1.13.0 $@
+
+$(GOLANGCI_LINT):
+	@tools/go-install.sh github.com/golangci/golangci-lint/v2/cmd/golangci-lint v2.15.0 $@
+
+# Tests look for the plain name. Debian's older one does where this one cannot be built.
+$(NODE_EXPORTER):
+	@if tools/go-install.sh github.com/prometheus/node_exporter v1.12.1 $@; \
+	then ln -sf $(@F) $(BIN)/node_exporter; \
+	else tools/programs.sh $(TOOLS) node_exporter; fi
