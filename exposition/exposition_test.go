@@ -73,9 +73,11 @@ func TestCheckText(t *testing.T) {
 		{"two types", "# TYPE m gauge\nm 1\n# TYPE m counter\nm{a=\"b\"} 2\nm{a=\"c\"} 2\nm_other 3\n", "# TYPE m gauge\nm 1\n# TYPE m_other untyped\nm_other 3\n", []string{"m clash ##"}},
 		{"TYPE after samples", "m 1\n# TYPE m gauge\nm{a=\"b\"} 2\n", "# TYPE m untyped\nm 1\n", []string{"m clash #"}},
 		{"families not in one piece", "# TYPE m gauge\nm 1\nn 1\nm{a=\"b\"} 2\n", "# TYPE m gauge\nm 1\nm{a=\"b\"} 2\n# TYPE n untyped\nn 1\n", nil},
-		{"ours", "up 7\nscrape_duration_seconds 7\nscrape_foo 7\npromferry_info 7\npromferry_expires_after_seconds 7\npromferry_forwarder_puts_total 7\npromferry_build_info 1\nupper 1\n",
+		{
+			"ours", "up 7\nscrape_duration_seconds 7\nscrape_foo 7\npromferry_info 7\npromferry_expires_after_seconds 7\npromferry_forwarder_puts_total 7\npromferry_build_info 1\nupper 1\n",
 			"# TYPE promferry_build_info untyped\npromferry_build_info 1\n# TYPE promferry_forwarder_puts_total untyped\npromferry_forwarder_puts_total 7\n# TYPE upper untyped\nupper 1\n",
-			[]string{"promferry_expires_after_seconds reserved", "promferry_info reserved", "scrape_duration_seconds reserved", "scrape_foo reserved", "up reserved"}},
+			[]string{"promferry_expires_after_seconds reserved", "promferry_info reserved", "scrape_duration_seconds reserved", "scrape_foo reserved", "up reserved"},
+		},
 		{"UTF-8 names", "# TYPE \"foo.bar\" gauge\n{\"foo.bar\"} 1\nm{\"a.b\"=\"c\"} 1\nm 2\n", "# TYPE m untyped\nm 2\n", []string{"foo.bar name", "m label #"}},
 		{"reserved label", "m{__x=\"1\"} 1\nm 2\n", "# TYPE m untyped\nm 2\n", []string{"m label #"}},
 		{"OpenMetrics leftovers", "# TYPE a counter\n# UNIT a seconds\na_total 1\n# EOF\n", "# TYPE a_total untyped\na_total 1\n", nil},
@@ -126,10 +128,17 @@ func TestCheckProtobuf(t *testing.T) {
 		want string
 		left []string
 	}{
-		{"family repeated", []*dto.MetricFamily{family("m", gaugeType, gaugeOf(1)), family("n", gaugeType, gaugeOf(1)), family("m", gaugeType, gaugeOf(2, "a", "b"))},
-			"# TYPE m gauge\nm 1\nm{a=\"b\"} 2\n# TYPE n gauge\nn 1\n", nil},
-		{"family repeated with another type", []*dto.MetricFamily{family("m", gaugeType, gaugeOf(1)), family("m", dto.MetricType_COUNTER, gaugeOf(2))},
-			"# TYPE m gauge\nm 1\n", []string{"m clash"}},
+		{
+			"family repeated",
+			[]*dto.MetricFamily{family("m", gaugeType, gaugeOf(1)), family("n", gaugeType, gaugeOf(1)), family("m", gaugeType, gaugeOf(2, "a", "b"))},
+			"# TYPE m gauge\nm 1\nm{a=\"b\"} 2\n# TYPE n gauge\nn 1\n", nil,
+		},
+		{
+			"family repeated with another type",
+			[]*dto.MetricFamily{family("m", gaugeType, gaugeOf(1)), family("m", dto.MetricType_COUNTER, gaugeOf(2))},
+			"# TYPE m gauge\nm 1\n",
+			[]string{"m clash"},
+		},
 		{"family without a name", []*dto.MetricFamily{family("", gaugeType, gaugeOf(1)), family("m", gaugeType, gaugeOf(1))}, "# TYPE m gauge\nm 1\n", []string{"name"}},
 		{"value of another type", []*dto.MetricFamily{family("m", dto.MetricType_COUNTER, gaugeOf(1)), family("n", gaugeType, gaugeOf(1))}, "# TYPE n gauge\nn 1\n", []string{"m type #"}},
 		{"unknown type", []*dto.MetricFamily{family("m", 99, gaugeOf(1)), family("n", gaugeType, gaugeOf(1))}, "# TYPE n gauge\nn 1\n", []string{"m type #"}},
@@ -261,7 +270,7 @@ func TestSamples(t *testing.T) {
 
 func native() *dto.MetricFamily {
 	return family("n", dto.MetricType_HISTOGRAM, &dto.Metric{Histogram: &dto.Histogram{
-		SampleCount: proto.Uint64(3), SampleSum: proto.Float64(6), Schema: proto.Int32(3), ZeroThreshold: proto.Float64(1e-128),
+		SampleCount: proto.Uint64(3), SampleSum: proto.Float64(6), Schema: proto.Int32(3), ZeroThreshold: new(1e-128),
 		PositiveSpan: []*dto.BucketSpan{{Offset: proto.Int32(0), Length: proto.Uint32(2)}}, PositiveDelta: []int64{1, 1},
 	}})
 }

@@ -13,7 +13,6 @@ import (
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/promferry/promferry/exposition"
 	"github.com/promferry/promferry/internal/safeurl"
@@ -147,7 +146,7 @@ func (f *Forwarder) companions(up bool, took time.Duration, samples int) []*dto.
 }
 
 func gauge(name, help string, value float64, labels ...string) *dto.MetricFamily {
-	m := &dto.Metric{Gauge: &dto.Gauge{Value: proto.Float64(value)}}
+	m := &dto.Metric{Gauge: &dto.Gauge{Value: &value}}
 	for i := 0; i < len(labels); i += 2 {
 		if labels[i+1] != "" {
 			m.Label = append(m.Label, &dto.LabelPair{Name: &labels[i], Value: &labels[i+1]})

@@ -27,14 +27,14 @@ func (f *faults) failed(ctx context.Context, message string, err error) {
 		return
 	}
 	f.logged = time.Now()
-	f.logger.LogAttrs(ctx, slog.LevelWarn, message, slog.Int("consecutive", f.consecutive), slog.Any("err", err))
+	f.logger.LogAttrs(ctx, slog.LevelWarn, message, slog.Int("consecutive", f.consecutive), slog.Any("err", err)) //nolint:sloglint // The callers' are constants.
 }
 
 func (f *faults) succeeded(ctx context.Context, message string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.consecutive > 0 {
-		f.logger.LogAttrs(ctx, slog.LevelInfo, message, slog.Int("failures", f.consecutive))
+		f.logger.LogAttrs(ctx, slog.LevelInfo, message, slog.Int("failures", f.consecutive)) //nolint:sloglint // As above.
 	}
 	f.consecutive = 0
 }

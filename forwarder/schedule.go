@@ -97,7 +97,7 @@ func (s Schedule) job(name string, now time.Time) (gocron.JobDefinition, []gocro
 func (s Schedule) untilPhase(name string, now time.Time) time.Duration {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(name))
-	phase := time.Duration(h.Sum64() % uint64(s.shortest))
+	phase := time.Duration(h.Sum64() % uint64(s.shortest)) //nolint:gosec // Above zero.
 	since := time.Duration(now.UnixNano()) % s.shortest
 	wait := (phase - since + s.shortest) % s.shortest
 	if wait == 0 {

@@ -66,7 +66,7 @@ func unlockAfter(f *flock.Flock, err error) error {
 }
 
 func readPID(path string) int {
-	b, err := os.ReadFile(path) //nolint:gosec // The lock file that the operator named.
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return 0
 	}

@@ -85,9 +85,16 @@ func TestStatuses(t *testing.T) {
 		status             int
 		ok, temporary, bad bool
 	}{
-		{200, true, false, false}, {202, true, false, false}, {204, true, false, false},
-		{307, false, false, false}, {400, false, false, true}, {401, false, false, false},
-		{404, false, false, false}, {429, false, false, false}, {500, false, true, false}, {503, false, true, false},
+		{200, true, false, false},
+		{202, true, false, false},
+		{204, true, false, false},
+		{307, false, false, false},
+		{400, false, false, true},
+		{401, false, false, false},
+		{404, false, false, false},
+		{429, false, false, false},
+		{500, false, true, false},
+		{503, false, true, false},
 	} {
 		followed := false
 		base := server(t, func(w http.ResponseWriter, r *http.Request) {

@@ -32,7 +32,7 @@ const (
 // variables.
 type agentSettings struct {
 	PushTargets      *setting[list[target.Target]] `split_words:"true"`
-	PushUrls         *setting[list[gatewayURL]]    `split_words:"true"` //nolint:revive // envconfig makes PUSH_UR_LS of PushURLs.
+	PushUrls         *setting[list[gatewayURL]]    `split_words:"true"` // PushURLs would be PUSH_UR_LS.
 	PushInterval     *setting[model.Duration]      `split_words:"true"`
 	PushSchedule     *setting[cronExpression]      `split_words:"true"`
 	PushTimeout      *setting[model.Duration]      `split_words:"true"`

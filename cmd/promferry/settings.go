@@ -117,12 +117,6 @@ func (s *setting[T]) String() string {
 // IsCumulative is for kingpin: the flag of a list can be repeated.
 func (s *setting[T]) IsCumulative() bool { return s.list }
 
-// IsBoolFlag is for kingpin: the flag of a yes or no needs no value.
-func (s *setting[T]) IsBoolFlag() bool {
-	_, ok := any(s.value).(bool)
-	return ok
-}
-
 func (s *setting[T]) register(cmd *kingpin.CmdClause) {
 	help := s.help + " (" + s.env() + ")"
 	if s.list {
@@ -139,18 +133,6 @@ func (s *setting[T]) register(cmd *kingpin.CmdClause) {
 
 func text(flag, value, help string) *setting[string] {
 	return &setting[string]{flag: flag, value: value, help: help, parse: func(s string) (string, error) { return s, nil }}
-}
-
-func boolean(flag, help string) *setting[bool] {
-	return &setting[bool]{flag: flag, help: help, parse: func(s string) (bool, error) {
-		switch s {
-		case "true":
-			return true, nil
-		case "false":
-			return false, nil
-		}
-		return false, fmt.Errorf("%q: want true or false", s)
-	}}
 }
 
 // duration is a time above zero. A zero default means that one is worked out later.

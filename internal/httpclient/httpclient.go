@@ -80,7 +80,7 @@ func readable(cfg *config.HTTPClientConfig) error {
 		if file == "" {
 			continue
 		}
-		if _, err := os.ReadFile(file); err != nil { //nolint:gosec // The operator names it.
+		if _, err := os.ReadFile(file); err != nil {
 			return err
 		}
 	}
