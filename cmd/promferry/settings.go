@@ -176,11 +176,10 @@ func (p pattern) String() string {
 
 func regex(flag, help string) *setting[pattern] {
 	return &setting[pattern]{flag: flag, help: help, parse: func(s string) (pattern, error) {
-		re, err := regexp.Compile("^(?:" + s + ")$")
-		if err != nil {
+		if _, err := regexp.Compile(s); err != nil {
 			return pattern{}, fmt.Errorf("%q: no regular expression: %w", s, err)
 		}
-		return pattern{re}, nil
+		return pattern{regexp.MustCompile("^(?:" + s + ")$")}, nil
 	}}
 }
 

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"promferry": main})
+}
+
+// TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
+// exporter, in $GATEWAY that of a Pushgateway that writes what it is asked to the file
+// puts, and in $CLOSED one where nothing listens.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(env *testscript.Env) error {
+			exporter := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if user, password, _ := r.BasicAuth(); r.URL.Path == "/secret" && (user != "me" || password != "canary") {
+					w.WriteHeader(http.StatusUnauthorized)
+					return
+				}
+				w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+				_, _ = io.WriteString(w, "# TYPE node_load1 gauge\nnode_load1 0.5\n")
+			}))
+			env.Defer(exporter.Close)
+			var mu sync.Mutex
+			gateway := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+				mu.Lock()
+				defer mu.Unlock()
+				f, err := os.OpenFile(filepath.Join(env.WorkDir, "puts"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+				if err != nil {
+					return
+				}
+				defer func() { _ = f.Close() }()
+				_, _ = fmt.Fprintln(f, r.Method, r.URL.Path)
+				if body, err := gzip.NewReader(r.Body); err == nil {
+					_, _ = io.Copy(f, io.LimitReader(body, 1<<20))
+				}
+			}))
+			env.Defer(gateway.Close)
+			closed := httptest.NewServer(nil)
+			closed.Close()
+			env.Setenv("EXPORTER", exporter.URL)
+			env.Setenv("GATEWAY", gateway.URL)
+			env.Setenv("CLOSED", closed.URL)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"waitfor": waitFor, "signal": sendSignal, "post": post, "get": get, "lacks": lacks,
+		},
+	})
+}
+
+const patience = 20 * time.Second
+
+// waitFor waits until a file has a text: waitfor FILE TEXT.
+func waitFor(ts *testscript.TestScript, _ bool, args []string) {
+	path, text := ts.MkAbs(args[0]), args[1]
+	for deadline := time.Now().Add(patience); ; <-time.After(20 * time.Millisecond) {
+		b, _ := os.ReadFile(path)
+		if bytes.Contains(b, []byte(text)) {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("%s has no %q:\n%s", args[0], text, b)
+		}
+	}
+}
+
+// sendSignal sends a signal to the process whose PID a file has: signal HUP FILE.
+func sendSignal(ts *testscript.TestScript, _ bool, args []string) {
+	var pid int
+	if _, err := fmt.Sscan(ts.ReadFile(args[1]), &pid); err != nil {
+		ts.Fatalf("PID: %v", err)
+	}
+	sig := map[string]syscall.Signal{"HUP": syscall.SIGHUP, "TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL}[args[0]]
+	ts.Check(syscall.Kill(pid, sig))
+}
+
+// post and get send a request to the address in a log and print status and body to
+// stdout: get LOG /path.
+func post(ts *testscript.TestScript, neg bool, args []string) {
+	request(ts, neg, http.MethodPost, args)
+}
+
+func get(ts *testscript.TestScript, neg bool, args []string) {
+	request(ts, neg, http.MethodGet, args)
+}
+
+func request(ts *testscript.TestScript, neg bool, method string, args []string) {
+	waitFor(ts, false, []string{args[0], "Listening on"})
+	_, rest, _ := strings.Cut(ts.ReadFile(args[0]), "Listening on\" address=")
+	address, _, _ := strings.Cut(rest, "\n")
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+address+args[1], nil)
+	ts.Check(err)
+	for _, header := range args[2:] {
+		name, value, _ := strings.Cut(header, "=")
+		req.Header.Set(name, value)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	ts.Check(err)
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	ts.Check(err)
+	_, _ = fmt.Fprintf(ts.Stdout(), "%d %s", resp.StatusCode, b)
+	if neg == (resp.StatusCode < 400) {
+		ts.Fatalf("status %d: %s", resp.StatusCode, b)
+	}
+}
+
+// lacks fails when a file has a text: lacks FILE TEXT.
+func lacks(ts *testscript.TestScript, _ bool, args []string) {
+	if strings.Contains(ts.ReadFile(args[0]), args[1]) {
+		ts.Fatalf("%s has %q:\n%s", args[0], args[1], ts.ReadFile(args[0]))
+	}
+}
+
+func TestOwnMetricsLint(t *testing.T) {
+	registry := newRegistry()
+	_ = newReloader(registry, nil, nil)
+	problems, err := testutil.GatherAndLint(registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		if strings.HasPrefix(p.Metric, "promferry_agent_") {
+			t.Errorf("%s: %s", p.Metric, p.Text)
+		}
+	}
+}
+
+// TestNotify has a socket in systemd's place.
+func TestNotify(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	socket, err := (&net.ListenConfig{}).ListenPacket(t.Context(), "unixgram", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = socket.Close() }()
+	t.Setenv("NOTIFY_SOCKET", path)
+	t.Setenv("WATCHDOG_USEC", "4000000")
+	t.Setenv("WATCHDOG_PID", fmt.Sprint(os.Getpid()))
+	n := newNotifier(nil)
+	if got := n.interval(); got != 2*time.Second {
+		t.Errorf("alive is to be called each %v, want half of 4s", got)
+	}
+	n.ready()
+	n.alive("One\nMAINPID=1\tthing")
+	n.stopping()
+	b := make([]byte, 1000)
+	for _, want := range []string{"READY=1", "WATCHDOG=1\nSTATUS=One MAINPID=1 thing", "STOPPING=1\nSTATUS=Stopping"} {
+		size, _, err := socket.ReadFrom(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := string(b[:size]); got != want {
+			t.Errorf("told %q, want %q", got, want)
+		}
+	}
+	n.reloading()
+	size, _, err := socket.ReadFrom(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var usec int64
+	if _, err := fmt.Sscanf(string(b[:size]), "RELOADING=1\nMONOTONIC_USEC=%d", &usec); err != nil || usec == 0 {
+		t.Errorf("told %q", b[:size])
+	}
+}
