@@ -582,8 +582,19 @@ func TestHeartbeat(t *testing.T) {
 		released := make(chan struct{})
 		g := &gateway{t: t, name: "http://pgw", answer: func(context.Context, int) error { <-released; return nil }}
 		s := config(&scraper{}, g)
-		var beats []time.Time
-		s.Heartbeat, s.OnHeartbeat = 5*time.Second, func() { beats = append(beats, time.Now()) }
+		var mu sync.Mutex
+		var last time.Time
+		count := 0
+		s.Heartbeat, s.OnHeartbeat = 5*time.Second, func() {
+			mu.Lock()
+			defer mu.Unlock()
+			count, last = count+1, time.Now()
+		}
+		beats := func() (int, time.Time) {
+			mu.Lock()
+			defer mu.Unlock()
+			return count, last
+		}
 		f, err := forwarder.New(s.Config)
 		if err != nil {
 			t.Fatal(err)
@@ -594,14 +605,14 @@ func TestHeartbeat(t *testing.T) {
 		running.Go(func() { _ = f.Run(ctx) })
 		begin := time.Now()
 		<-time.After(5*time.Minute - time.Second)
-		if last := beats[len(beats)-1].Sub(begin); last < 15*time.Second || last > s.PushTimeout+15*time.Second {
-			t.Errorf("last heartbeat after %v", last)
+		stuck, at := beats()
+		if after := at.Sub(begin); after < 15*time.Second || after > s.PushTimeout+15*time.Second {
+			t.Errorf("last heartbeat after %v", after)
 		}
 		close(released)
-		stuck := len(beats)
 		<-time.After(time.Minute)
-		if len(beats) < stuck+11 {
-			t.Errorf("%d heartbeats in the minute after", len(beats)-stuck)
+		if n, _ := beats(); n < stuck+11 {
+			t.Errorf("%d heartbeats in the minute after", n-stuck)
 		}
 		cancel()
 		running.Wait()

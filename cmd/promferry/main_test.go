@@ -117,7 +117,7 @@ func request(ts *testscript.TestScript, neg bool, method string, args []string) 
 		name, value, _ := strings.Cut(header, "=")
 		req.Header.Set(name, value)
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := (&http.Client{Timeout: patience}).Do(req)
 	ts.Check(err)
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(resp.Body)

@@ -1,0 +1,147 @@
+package httpclient_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/promferry/promferry/internal/httpclient"
+)
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// answer returns status and body of a GET, or the error.
+func answer(t *testing.T, c *httpclient.Client, url string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		return err.Error()
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprint(resp.StatusCode, " ", string(b))
+}
+
+// TestConfigs has each way that an http_config has to show who asks, and to get there.
+func TestConfigs(t *testing.T) {
+	echo := func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.Header.Get("Authorization")) }
+	plain := httptest.NewServer(http.HandlerFunc(echo))
+	defer plain.Close()
+	secure := httptest.NewTLSServer(http.HandlerFunc(echo))
+	defer secure.Close()
+	tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, secret, _ := r.BasicAuth(); secret != "canary" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, `{"access_token":"from-oauth","token_type":"Bearer","expires_in":60}`)
+	}))
+	defer tokens.Close()
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "proxied "+r.URL.String())
+	}))
+	defer proxy.Close()
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "secret"), "canary")
+	for _, tc := range []struct{ name, config, url, want string }{
+		{"nothing", "{}", plain.URL, "200 "},
+		{"basic auth", "basic_auth:\n  username: me\n  password_file: secret\n", plain.URL, "200 Basic bWU6Y2FuYXJ5"},
+		{"bearer", "authorization:\n  credentials_file: secret\n", plain.URL, "200 Bearer canary"},
+		{"OAuth 2", "oauth2:\n  client_id: me\n  client_secret_file: secret\n  token_url: " + tokens.URL + "\n", plain.URL, "200 Bearer from-oauth"},
+		{"egress proxy", "proxy_url: " + proxy.URL + "\n", "http://pgw.example/x", "200 proxied http://pgw.example/x"},
+		{"unknown CA", "{}", secure.URL, "tls: failed to verify certificate: x509: certificate signed by unknown authority"},
+		{"no verification", "tls_config:\n  insecure_skip_verify: true\n", secure.URL, "200 "},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			file := filepath.Join(dir, "http.yml")
+			write(t, file, tc.config)
+			c, err := httpclient.New("push", file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := answer(t, c, tc.url); got != tc.want {
+				t.Errorf("got %q, want %q", got, tc.want)
+			}
+		})
+	}
+}
+
+func TestRedirectsAreNotFollowed(t *testing.T) {
+	s := httptest.NewServer(http.RedirectHandler("/elsewhere", http.StatusTemporaryRedirect))
+	defer s.Close()
+	file := filepath.Join(t.TempDir(), "http.yml")
+	write(t, file, "follow_redirects: true\n")
+	c, err := httpclient.New("push", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := answer(t, c, s.URL); !strings.HasPrefix(got, "307 ") {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestLoadChangesNothingUntilUsed(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.Header.Get("Authorization"))
+	}))
+	defer s.Close()
+	file := filepath.Join(t.TempDir(), "http.yml")
+	write(t, file, "authorization:\n  credentials: one\n")
+	c, err := httpclient.New("push", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, file, "authorization:\n  credentials: two\n")
+	use, err := c.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := answer(t, c, s.URL); got != "200 Bearer one" {
+		t.Errorf("before use: %q", got)
+	}
+	use()
+	if got := answer(t, c, s.URL); got != "200 Bearer two" {
+		t.Errorf("after use: %q", got)
+	}
+}
+
+func TestFaultsShowNoSecret(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "http.yml")
+	for _, config := range []string{
+		"basic_auth: canary\n", "authorization:\n  credentials: [canary]\n", "canary\n", "proxy_url: \"http://me:canary@pro xy\"\n",
+		"basic_auth:\n  username: me\n  password_file: missing\n", "tls_config:\n  ca_file: missing\n", "tls_config:\n  cert_file: missing\n  key_file: missing\n",
+		"basic_auth:\n  username: me\n  pasword: canary\n",
+	} {
+		write(t, file, config)
+		_, err := httpclient.New("push", file)
+		if err == nil || !strings.Contains(err.Error(), file) {
+			t.Errorf("%q: got %v, want an error that names the file", config, err)
+			continue
+		}
+		if strings.Contains(err.Error(), "canary") {
+			t.Errorf("%q: error shows the secret: %v", config, err)
+		}
+	}
+	if _, err := httpclient.New("push", filepath.Join(dir, "none.yml")); err == nil {
+		t.Error("a missing file: no error")
+	}
+}
