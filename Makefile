@@ -21,7 +21,7 @@ LDFLAGS   = -s -w -X $X.Version=$(VERSION) -X $X.Revision=$(REVISION) -X $X.Bran
 RACE = $(shell printf '\043include <stdlib.h>\nint main(void) { return 0; }\n' | $$(go env CC) -x c -o /dev/null - 2>/dev/null && echo -race)
 
 .DEFAULT_GOAL := help
-.PHONY: build test e2e lint fmt bench demo image tools clean help
+.PHONY: build test e2e lint fmt docs bench demo image tools clean help
 
 build: ## build ./promferry, one static binary
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '$(LDFLAGS)' -o promferry ./cmd/promferry
@@ -42,6 +42,9 @@ lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, go.mod tidy
 
 fmt: $(GOLANGCI_LINT) ## format the Go code
 	$(GOLANGCI_LINT) fmt
+
+docs: ## write docs/configuration.md anew
+	WRITE_DOCS=1 go test -count=1 -run TestConfigurationPage ./cmd/promferry
 
 bench: build tools ## measure every figure that the README claims
 	go run -tags bench ./bench

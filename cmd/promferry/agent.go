@@ -34,6 +34,11 @@ import (
 // time out. systemd/promferry-agent.service gives it some seconds more.
 const shutdownBudget = 20 * time.Second
 
+const (
+	onceHelp   = "Scrape and put once, and exit: 0 when all went well, 1 otherwise. Nothing is done on stop, and the groups have no expiry unless --push.expires-after is set."
+	dryRunHelp = "Scrape once, print what would be put and to which group, and put nothing."
+)
+
 // agentCommand is promferry agent.
 type agentCommand struct {
 	settings *agentSettings
@@ -47,8 +52,8 @@ func newAgentCommand(app *kingpin.Application) *agentCommand {
 	a := &agentCommand{settings: newAgentSettings()}
 	a.unknown = readEnvironment(a.settings, a.settings.all())
 	a.settings.register(clause)
-	clause.Flag("once", "Scrape and put once, and exit: 0 when all went well, 1 otherwise.").BoolVar(&a.once)
-	clause.Flag("dry-run", "Scrape once, print what would be put and to which group, and put nothing.").BoolVar(&a.dryRun)
+	clause.Flag("once", onceHelp).BoolVar(&a.once)
+	clause.Flag("dry-run", dryRunHelp).BoolVar(&a.dryRun)
 	return a
 }
 

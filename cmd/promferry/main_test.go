@@ -187,3 +187,48 @@ func TestNotify(t *testing.T) {
 		t.Errorf("told %q", b[:size])
 	}
 }
+
+// TestConfigurationPage checks docs/configuration.md against the settings. With
+// WRITE_DOCS=1 it writes the page.
+func TestConfigurationPage(t *testing.T) {
+	t.Setenv("STATE_DIRECTORY", "")
+	s := newAgentSettings()
+	s.Instance.value = "the host name"
+	var b strings.Builder
+	b.WriteString(`# Configuration
+
+<!-- Written by "make docs" from the settings in cmd/promferry: edit them there. -->
+
+Each setting is a flag and an environment variable; the flag wins. A flag that may be
+repeated has a variable in the plural, with a comma between two values (a comma within a
+URL is written %2C). A variable that is set but empty counts as not set; one that begins
+with PROMFERRY_ and is none of these is refused. Times are written 500ms, 15s, 1m30s;
+sizes 512KiB, 64MiB.
+
+The files that settings name are read again on SIGHUP and on a POST to /-/reload; flags
+and variables need a restart. A bad file changes nothing, and says so in the log and in
+promferry_agent_last_reload_successful.
+
+## promferry agent
+
+| flag | variable | default | what it says |
+| --- | --- | --- | --- |
+`)
+	for _, setting := range s.all() {
+		b.WriteString(setting.row())
+	}
+	b.WriteString("| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n")
+	path := filepath.Join("..", "..", "docs", "configuration.md")
+	if os.Getenv("WRITE_DOCS") != "" {
+		if err := os.WriteFile(path, []byte(b.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	page, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(page) != b.String() {
+		t.Error("docs/configuration.md is not what the settings are: run make docs")
+	}
+}

@@ -39,6 +39,7 @@ type setting[T any] struct {
 type anySetting interface {
 	kingpin.Value
 	register(cmd *kingpin.CmdClause)
+	row() string
 	env() string
 	check() []error
 }
@@ -127,6 +128,18 @@ func (s *setting[T]) register(cmd *kingpin.CmdClause) {
 		value = `""`
 	}
 	cmd.Flag(s.flag, help).PlaceHolder(value).SetValue(s)
+}
+
+// row returns the setting's row in the configuration page.
+func (s *setting[T]) row() string {
+	flag, value := "`--"+s.flag+"`", ""
+	if s.list {
+		flag += " (repeatable)"
+	}
+	if v := s.String(); v != "" {
+		value = "`" + v + "`"
+	}
+	return fmt.Sprintf("| %s | `%s` | %s | %s |\n", flag, s.env(), value, s.help)
 }
 
 // The kinds of settings.
