@@ -21,7 +21,9 @@ const (
 	ReasonReserved Reason = "reserved"
 	// ReasonName: the family has no name, or one that a Pushgateway does not take.
 	ReasonName Reason = "name"
-	// ReasonType: a series has no value of its family's type, or the type is unknown.
+	// ReasonType: a series has no value of its family's type, or the type is unknown. A
+	// gauge histogram counts as unknown: of one that it took, a Pushgateway 1.5.1 exposes a
+	// line without a value, which costs the rest of its page.
 	ReasonType Reason = "type"
 	// ReasonClash: another family of the exposition has the same name and another type; or
 	// one of a summary's or histogram's series and a family have one name.
@@ -86,6 +88,10 @@ func (r Rules) Check(families []*dto.MetricFamily) ([]*dto.MetricFamily, []LeftO
 		case first != nil:
 			first.Metric = append(first.Metric, family.GetMetric()...)
 		default:
+			if family.Help != nil && !utf8.ValidString(family.GetHelp()) {
+				// One byte of it would make all of a Pushgateway's page unreadable.
+				family.Help = new(strings.ToValidUTF8(family.GetHelp(), "\uFFFD"))
+			}
 			byName[name] = family
 			kept = append(kept, family)
 		}
@@ -127,7 +133,7 @@ func clashesWith(name string, byName map[string]*dto.MetricFamily) string {
 			if suffix != "_bucket" {
 				return base
 			}
-		case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
+		case dto.MetricType_HISTOGRAM:
 			return base
 		}
 	}
@@ -180,7 +186,7 @@ func (r Rules) checkOne(m *dto.Metric, typ dto.MetricType) Reason {
 		if repeats(len(quantiles), func(i int) float64 { return quantiles[i].GetQuantile() }) {
 			return ReasonDuplicate
 		}
-	case dto.MetricType_HISTOGRAM, dto.MetricType_GAUGE_HISTOGRAM:
+	case dto.MetricType_HISTOGRAM:
 		if m.Histogram == nil {
 			return ReasonType
 		}

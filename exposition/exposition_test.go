@@ -78,6 +78,8 @@ func TestCheckText(t *testing.T) {
 			"# TYPE promferry_build_info untyped\npromferry_build_info 1\n# TYPE promferry_forwarder_puts_total untyped\npromferry_forwarder_puts_total 7\n# TYPE upper untyped\nupper 1\n",
 			[]string{"promferry_expires_after_seconds reserved", "promferry_info reserved", "scrape_duration_seconds reserved", "scrape_foo reserved", "up reserved"},
 		},
+		{"HELP not UTF-8", "# HELP m a\xffb\nm 1\n", "# HELP m a\uFFFDb\n# TYPE m untyped\nm 1\n", nil},
+		{"gauge histogram", "# TYPE g gaugehistogram\ng_bucket{le=\"+Inf\"} 1\nn 1\n", "# TYPE n untyped\nn 1\n", []string{"g type #"}},
 		{"UTF-8 names", "# TYPE \"foo.bar\" gauge\n{\"foo.bar\"} 1\nm{\"a.b\"=\"c\"} 1\nm 2\n", "# TYPE m untyped\nm 2\n", []string{"foo.bar name", "m label #"}},
 		{"reserved label", "m{__x=\"1\"} 1\nm 2\n", "# TYPE m untyped\nm 2\n", []string{"m label #"}},
 		{"OpenMetrics leftovers", "# TYPE a counter\n# UNIT a seconds\na_total 1\n# EOF\n", "# TYPE a_total untyped\na_total 1\n", nil},
