@@ -170,7 +170,10 @@ func (f *Forwarder) Run(ctx context.Context) error {
 
 	var workers, first sync.WaitGroup
 	for _, w := range f.workers {
-		workers.Go(func() { w.run(work) })
+		workers.Go(func() {
+			w.run(work)
+			w.leave(work) // As soon as it can: no gateway waits for another.
+		})
 	}
 	for _, t := range f.targets {
 		first.Go(func() { cycles.run(func() { _ = f.cycle(scrapes, t) }) })
@@ -191,10 +194,6 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	}
 	for _, w := range f.workers {
 		w.close(false)
-	}
-	workers.Wait()
-	for _, w := range f.workers {
-		workers.Go(func() { w.leave(work) })
 	}
 	workers.Wait()
 	return nil

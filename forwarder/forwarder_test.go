@@ -553,7 +553,10 @@ func TestStopWithinBudget(t *testing.T) {
 		}
 		puts := good.all()
 		if len(puts) == 0 || !puts[len(puts)-1].has("up 0") {
-			t.Errorf("the good gateway was not told: %v", puts)
+			t.Fatalf("the good gateway was not told: %v", puts)
+		}
+		if at := puts[len(puts)-1].at.Sub(begin) - time.Second; at > s.ShutdownBudget/2 {
+			t.Errorf("the good gateway was told %v after the stop began", at)
 		}
 		if !strings.Contains(s.log.String(), "Group left as it is") {
 			t.Errorf("log %s", s.log)
