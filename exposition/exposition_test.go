@@ -237,6 +237,19 @@ func TestReadEndsWithItsContext(t *testing.T) {
 	}
 }
 
+// TestReadRefusesMoreThanItCanHold has expositions of few bytes and many series.
+func TestReadRefusesMoreThanItCanHold(t *testing.T) {
+	series := bytes.Repeat([]byte{0x22, 0}, 8_000_001) // Field 4, metric, empty.
+	for contentType, body := range map[string][]byte{
+		protobufType: append(protowire.AppendVarint(nil, uint64(len(series))), series...),
+		"text/plain": bytes.Repeat([]byte("a 1\n"), 2_000_001),
+	} {
+		if _, _, err := exposition.Read(t.Context(), body, contentType); !errors.Is(err, exposition.ErrTooLarge) {
+			t.Errorf("%s: got %v", contentType, err)
+		}
+	}
+}
+
 func TestReadWithoutContentType(t *testing.T) {
 	families, _, err := exposition.Read(t.Context(), []byte("m 1\n"), "")
 	if err != nil || len(families) != 1 {

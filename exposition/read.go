@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/common/model"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
 // Accept is what a scrape sends as its Accept header: protobuf first, for it costs a
@@ -28,6 +29,9 @@ const Accept = "application/vnd.google.protobuf;proto=io.prometheus.client.Metri
 
 // ErrEmpty says that an exposition holds no sample at all.
 var ErrEmpty = errors.New("exposition without any sample")
+
+// ErrTooLarge says that an exposition would take too much memory once it is read.
+var ErrTooLarge = errors.New("exposition too large")
 
 // Read decodes a whole exposition, as contentType, a Content-Type header, says; a missing
 // one means text. The families are in the exposition's order (text: by name), exactly as
@@ -49,7 +53,7 @@ func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamil
 	var err error
 	switch format.FormatType() {
 	case expfmt.TypeProtoDelim:
-		families, err = readProtobuf(b)
+		families, err = readProtobuf(ctx, b)
 	case expfmt.TypeTextPlain:
 		families, left, err = readText(ctx, b)
 	default:
@@ -66,12 +70,21 @@ func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamil
 
 // readProtobuf reads families that each have their length in front. The lengths are
 // checked against b before anything is allocated for them.
-func readProtobuf(b []byte) ([]*dto.MetricFamily, error) {
+func readProtobuf(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
+	elements := 0
 	var families []*dto.MetricFamily
 	for read := 0; read < len(b); {
 		message, n := protowire.ConsumeBytes(b[read:])
 		if n < 0 {
 			return nil, fmt.Errorf("read protobuf at byte %d: %w", read, io.ErrUnexpectedEOF)
+		}
+		if len(b) > uncounted {
+			if elements += count(message, familyType); elements > maxElements {
+				return nil, fmt.Errorf("%w: more than %d labels, values and strings", ErrTooLarge, maxElements)
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
 		}
 		family := &dto.MetricFamily{}
 		if err := proto.Unmarshal(message, family); err != nil {
@@ -83,9 +96,45 @@ func readProtobuf(b []byte) ([]*dto.MetricFamily, error) {
 	return families, nil
 }
 
+const (
+	// maxElements bounds the memory that a protobuf exposition takes: an empty series is
+	// two bytes there, and more than a hundred once it is read. A series with two labels
+	// has 8 elements, in some 70 bytes: 64 MiB of them pass.
+	maxElements = 8_000_000
+	// uncounted is the size up to which an exposition can do no harm.
+	uncounted = 1 << 20
+)
+
+var familyType = (&dto.MetricFamily{}).ProtoReflect().Descriptor()
+
+// count counts the messages and strings in a message of the type. What cannot be read
+// counts up to there: reading it will fail.
+func count(b []byte, message protoreflect.MessageDescriptor) int {
+	n := 0
+	for len(b) > 0 {
+		number, wire, size := protowire.ConsumeTag(b)
+		if size < 0 {
+			return n
+		}
+		b = b[size:]
+		if size = protowire.ConsumeFieldValue(number, wire, b); size < 0 {
+			return n
+		}
+		if wire == protowire.BytesType {
+			n++
+			if field := message.Fields().ByNumber(number); field != nil && field.Message() != nil {
+				value, _ := protowire.ConsumeBytes(b)
+				n += count(value, field.Message())
+			}
+		}
+		b = b[size:]
+	}
+	return n
+}
+
 func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, error) {
 	if bytes.Count(b, []byte("\n")) > maxLines {
-		return nil, nil, fmt.Errorf("more than %d lines", maxLines)
+		return nil, nil, fmt.Errorf("%w: more than %d lines", ErrTooLarge, maxLines)
 	}
 	families, err := parseText(ctx, b)
 	if err == nil || ctx.Err() != nil {

@@ -75,8 +75,10 @@ func (f *Forwarder) scrape(ctx context.Context, t *pushTarget) *contents {
 			switch {
 			case errors.Is(err, exposition.ErrEmpty):
 				reason = target.ReasonEmpty
+			case errors.Is(err, exposition.ErrTooLarge):
+				reason = target.ReasonTooLarge
 			case scrapeCtx.Err() != nil:
-				reason = target.ReasonTimeout
+				reason, err = target.ReasonTimeout, errors.New("timed out while it was read")
 			}
 			err = &target.ScrapeError{Reason: reason, URL: safeurl.String(t.URL), Err: err}
 		}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -16,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/safeurl"
 )
 
@@ -91,7 +91,7 @@ func (c *Client) do(req *http.Request) error {
 	op := strings.ToLower(req.Method)
 	resp, err := c.http.Do(req)
 	if err != nil {
-		if isTimeout(req.Context(), err) {
+		if httpclient.IsTimeout(req.Context(), err) {
 			err = errTimeout
 		}
 		return fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), err)
@@ -125,11 +125,6 @@ func IsTimeout(err error) bool { return errors.Is(err, errTimeout) }
 
 // IsRefused tells whether err says that nothing listens where the Pushgateway should.
 func IsRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
-
-func isTimeout(ctx context.Context, err error) bool {
-	ne, ok := errors.AsType[net.Error](err)
-	return ctx.Err() != nil || ok && ne.Timeout()
-}
 
 // StatusError is an answer whose status is no success.
 type StatusError struct {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/safeurl"
 )
 
@@ -77,7 +77,7 @@ type Scraper struct {
 // length nor gzip, has an end that cannot be told from a break.)
 func (s *Scraper) Scrape(ctx context.Context, t Target) (body []byte, contentType string, err error) {
 	fail := func(reason Reason, err error) ([]byte, string, error) {
-		if isTimeout(ctx, err) {
+		if httpclient.IsTimeout(ctx, err) {
 			reason, err = ReasonTimeout, errors.New("timed out")
 		}
 		return nil, "", &ScrapeError{Reason: reason, URL: safeurl.String(t.URL), Err: err}
@@ -130,9 +130,4 @@ func cutShort(err error) error {
 		return errors.New("body ended before its end")
 	}
 	return fmt.Errorf("read body: %w", err)
-}
-
-func isTimeout(ctx context.Context, err error) bool {
-	ne, ok := errors.AsType[net.Error](err)
-	return ctx.Err() != nil || ok && ne.Timeout()
 }

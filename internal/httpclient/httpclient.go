@@ -2,8 +2,10 @@
 package httpclient
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -95,6 +97,12 @@ func (c *Client) Do(req *http.Request) (*http.Response, error) {
 		err = ue.Err
 	}
 	return resp, err
+}
+
+// IsTimeout tells whether err, of a request with ctx, means that the time was up.
+func IsTimeout(ctx context.Context, err error) bool {
+	ne, ok := errors.AsType[net.Error](err)
+	return ctx.Err() != nil || ok && ne.Timeout()
 }
 
 var quoted = regexp.MustCompile("`[^`]*`|\"[^\"]*\"")
