@@ -30,6 +30,9 @@ func Cron(expression string) (Schedule, error) {
 		if errors.Is(err, gocron.ErrCronJobInvalid) {
 			return Schedule{}, errors.New("this time never comes")
 		}
+		if joined, ok := err.(interface{ Unwrap() []error }); ok { // gocron's own error, and the parser's on a line of its own
+			err = joined.Unwrap()[len(joined.Unwrap())-1]
+		}
 		return Schedule{}, err
 	}
 	s := Schedule{cron: expression}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -50,10 +51,20 @@ func ParseURL(s string) (*url.URL, error) {
 		return nil, errors.New("want a URL that begins with http:// or https://")
 	case u.Hostname() == "":
 		return nil, errors.New("the URL names no host")
+	case !validPort(u.Port()):
+		return nil, fmt.Errorf("the port %s is none: ports go up to 65535", u.Port())
 	case u.User != nil:
 		return nil, errors.New("a user and password do not belong in a URL, where others can read them: name an http_config file that has basic_auth")
 	}
 	return u, nil
+}
+
+func validPort(port string) bool {
+	if port == "" {
+		return true
+	}
+	_, err := strconv.ParseUint(port, 10, 16)
+	return err == nil
 }
 
 // String returns the target as it is written, without what may be secret in its URL.

@@ -32,6 +32,7 @@ func TestParseRefuses(t *testing.T) {
 		"node=ftp://h/metrics":           "begins with http://",
 		"node=http:///metrics":           "names no host",
 		"node=http://h:port/metrics":     "not a URL",
+		"node=http://h:65536/":           "port 65536",
 		"node=http://me:canary@h/":       "http_config",
 		"node=http://me:can ary@h/":      "not a URL",
 		"node=":                          "begins with http://",

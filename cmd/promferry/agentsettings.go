@@ -135,7 +135,8 @@ func (s *agentSettings) check() []error {
 		errs = append(errs, s.WebListenAddress.fault(fmt.Errorf("%q: want host:port, as in 127.0.0.1:9099 or :9099", safeurl.Text(s.WebListenAddress.value))))
 	}
 	errs = append(errs, twice(s.PushTargets, func(t target.Target) string { return t.Job }, "two targets have the job %q: their groups would be one")...)
-	errs = append(errs, twice(s.PushUrls, gatewayURL.String, "the Pushgateway %s stands there twice")...)
+	withoutSlash := func(u gatewayURL) string { return strings.TrimRight(u.String(), "/") }
+	errs = append(errs, twice(s.PushUrls, withoutSlash, "the Pushgateway %s stands there twice")...)
 	errs = append(errs, twice(s.PushLabels, func(l label) string { return l.name }, "the label %q stands there twice")...)
 	return errs
 }
