@@ -33,8 +33,8 @@ e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway
 	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
 
 lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, go.mod tidy
-	@command -v shellcheck >/dev/null || { echo 'lint needs shellcheck (apt-get install shellcheck)' >&2; exit 1; }
-	shellcheck .ci/run $$(find . -name '*.sh' -not -path './.tools/*')
+	@tools/programs.sh $(TOOLS) shellcheck
+	PATH="$(BIN):$$PATH" shellcheck .ci/run $$(find . -name '*.sh' -not -path './.tools/*')
 	go mod tidy -diff
 	go vet -tags e2e,bench ./...
 	$(GOLANGCI_LINT) config verify

@@ -12,6 +12,7 @@
 #
 # node_exporter is a Go module, which the Makefile installs; `tools/programs.sh DIR
 # node_exporter` fetches Debian's instead, for a machine that cannot build it.
+# `tools/programs.sh DIR shellcheck` is for lint.
 set -eu
 dir=$1
 shift
@@ -46,6 +47,7 @@ package() {
 	prometheus | promtool) echo prometheus ;;
 	pushgateway) echo prometheus-pushgateway ;;
 	node_exporter) echo prometheus-node-exporter ;;
+	shellcheck) echo shellcheck ;;
 	*) fail "unknown program $1" ;;
 	esac
 }
