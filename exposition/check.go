@@ -53,6 +53,8 @@ type Rules struct {
 	// is kept under that name with "exported_" before it, as Prometheus does with
 	// honor_labels: false.
 	Grouping []string
+	// Reserved are names of further families that only this program writes.
+	Reserved []string
 	// Keep and Drop match names of families; nil keeps all, and drops none. What they
 	// filter is not told as left out.
 	Keep, Drop *regexp.Regexp
@@ -81,7 +83,7 @@ func (r Rules) Check(families []*dto.MetricFamily) ([]*dto.MetricFamily, []LeftO
 		switch {
 		case !model.LegacyValidation.IsValidMetricName(name):
 			left.family(name, ReasonName)
-		case reserved.MatchString(name) && !daemonsOwn.MatchString(name):
+		case reserved.MatchString(name) && !daemonsOwn.MatchString(name), slices.Contains(r.Reserved, name):
 			left.family(name, ReasonReserved)
 		case first != nil && first.GetType() != family.GetType():
 			left.family(name, ReasonClash)

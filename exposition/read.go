@@ -140,8 +140,8 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, er
 	if err == nil || ctx.Err() != nil {
 		return families, nil, err
 	}
-	mended, left := mendHeaders(b)
-	if len(mended) == len(b) {
+	mended, left, ok := mendHeaders(b)
+	if !ok {
 		return nil, nil, err
 	}
 	families, err = parseText(ctx, mended)
@@ -182,14 +182,15 @@ func (r *reader) Read(p []byte) (int, error) {
 	return r.r.Read(p)
 }
 
-// mendHeaders leaves out each HELP and TYPE line of a family that has had one. Samples
-// that follow a TYPE other than the family's first are left out as well, and told.
-func mendHeaders(b []byte) ([]byte, []LeftOut) {
+// mendHeaders empties each HELP and TYPE line of a family that has had one. Samples that
+// follow a TYPE other than the family's first are left out as well, and told. Lines keep
+// their numbers. It tells whether there was any such line.
+func mendHeaders(b []byte) (mended []byte, told []LeftOut, changed bool) {
 	helped := make(map[string]bool)
 	types := make(map[string]string)
 	clashing := "" // the family whose samples are being left out
 	var left leftOut
-	mended := make([]byte, 0, len(b))
+	mended = make([]byte, 0, len(b))
 	for line := range bytes.Lines(b) {
 		keyword, name, value := header(line)
 		if keyword != "" && name != clashing {
@@ -223,9 +224,12 @@ func mendHeaders(b []byte) ([]byte, []LeftOut) {
 		}
 		if keep {
 			mended = append(mended, line...)
+		} else {
+			mended = append(mended, '\n')
+			changed = true
 		}
 	}
-	return mended, left.all
+	return mended, left.all, changed
 }
 
 // isSeriesOf tells whether a sample of this name may belong to the family.

@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/internal/faultlog"
 	"github.com/promferry/promferry/internal/safeurl"
 	"github.com/promferry/promferry/pushgw"
 	"github.com/promferry/promferry/target"
@@ -49,9 +50,9 @@ func (f *Forwarder) cycle(ctx context.Context, t *pushTarget) error {
 	if se, ok := errors.AsType[*target.ScrapeError](c.err); ok {
 		f.metrics.scrapeFailures.WithLabelValues(t.Job, string(se.Reason)).Inc()
 		f.status.failed(c.err)
-		t.faults.failed(ctx, "Scrape failed", c.err)
+		t.faults.Failed(ctx, "Scrape failed", c.err)
 	} else {
-		t.faults.succeeded(ctx, "Scrape succeeded again")
+		t.faults.Succeeded(ctx, "Scrape succeeded again")
 		f.showLeftOut(ctx, c)
 	}
 	for _, w := range f.workers {
@@ -191,7 +192,7 @@ func (l *leftOutLog) log(ctx context.Context, left []exposition.LeftOut) {
 		descriptions = append(descriptions, describe(out))
 	}
 	told := strings.Join(descriptions, ", ")
-	if told == l.told || told != "" && time.Since(l.at) < logFaultsEvery {
+	if told == l.told || told != "" && time.Since(l.at) < faultlog.Every {
 		return
 	}
 	l.told, l.at = told, time.Now()

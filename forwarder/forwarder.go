@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/internal/faultlog"
 	"github.com/promferry/promferry/pushgw"
 	"github.com/promferry/promferry/target"
 )
@@ -102,7 +103,7 @@ type pushTarget struct {
 	target.Target
 	key    pushgw.GroupingKey
 	rules  exposition.Rules
-	faults faults
+	faults faultlog.Log
 
 	cycling sync.Mutex // held through a cycle
 	running stopwatch
@@ -126,7 +127,7 @@ func New(cfg Config) (*Forwarder, error) {
 			Target: t,
 			key:    pushgw.GroupingKey{Job: t.Job, Labels: labels},
 			rules:  exposition.Rules{Grouping: grouping, Keep: cfg.Keep, Drop: cfg.Drop},
-			faults: faults{logger: logger},
+			faults: faultlog.Log{Logger: logger},
 			left:   leftOutLog{logger: logger},
 		}
 		if err := pt.key.Validate(); err != nil {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/promferry/promferry/internal/backoff"
+	"github.com/promferry/promferry/internal/faultlog"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -24,7 +25,7 @@ const (
 type worker struct {
 	forwarder *Forwarder
 	gateway   Gateway
-	faults    map[*pushTarget]*faults
+	faults    map[*pushTarget]*faultlog.Log
 	running   stopwatch
 	wake      chan struct{}
 
@@ -49,7 +50,7 @@ func newWorker(f *Forwarder, g Gateway) *worker {
 	w := &worker{
 		forwarder: f,
 		gateway:   g,
-		faults:    make(map[*pushTarget]*faults),
+		faults:    make(map[*pushTarget]*faultlog.Log),
 		wake:      make(chan struct{}, 1),
 		pending:   make(map[*pushTarget]*try),
 		refused:   make(map[*pushTarget]map[string]bool),
@@ -57,7 +58,7 @@ func newWorker(f *Forwarder, g Gateway) *worker {
 		retrying:  true,
 	}
 	for _, t := range f.targets {
-		w.faults[t] = &faults{logger: f.cfg.Logger.With("target", t.Job, "gateway", g.String())}
+		w.faults[t] = &faultlog.Log{Logger: f.cfg.Logger.With("target", t.Job, "gateway", g.String())}
 	}
 	return w
 }
@@ -215,13 +216,13 @@ func (w *worker) tell(ctx context.Context, t *pushTarget, err error) {
 	if err != nil {
 		m.putFailures.WithLabelValues(t.Job, w.gateway.String(), putReason(err)).Inc()
 		w.forwarder.status.failed(err)
-		w.faults[t].failed(ctx, "Put failed", err)
+		w.faults[t].Failed(ctx, "Put failed", err)
 		return
 	}
 	m.puts.WithLabelValues(t.Job, w.gateway.String()).Inc()
 	m.lastPut.WithLabelValues(t.Job, w.gateway.String()).SetToCurrentTime()
 	w.forwarder.status.succeeded()
-	w.faults[t].succeeded(ctx, "Put succeeded again")
+	w.faults[t].Succeeded(ctx, "Put succeeded again")
 }
 
 func putReason(err error) string {
@@ -254,7 +255,7 @@ func (w *worker) refuse(ctx context.Context, c *contents, se *pushgw.StatusError
 	for _, name := range names {
 		if !refused[name] {
 			refused[name] = true
-			w.faults[c.target].logger.ErrorContext(ctx, "Pushgateway refuses a family: it is left out until the next reload or restart", "family", name, "err", se)
+			w.faults[c.target].Logger.ErrorContext(ctx, "Pushgateway refuses a family: it is left out until the next reload or restart", "family", name, "err", se)
 		}
 	}
 	w.refused[c.target] = refused
@@ -282,7 +283,7 @@ func (w *worker) leave(ctx context.Context) {
 	f := w.forwarder
 	for _, t := range f.targets {
 		if ctx.Err() != nil {
-			w.faults[t].logger.WarnContext(ctx, "Group left as it is: the time to stop was up")
+			w.faults[t].Logger.WarnContext(ctx, "Group left as it is: the time to stop was up")
 			continue
 		}
 		switch f.cfg.OnStop {
@@ -291,7 +292,7 @@ func (w *worker) leave(ctx context.Context) {
 		case Delete:
 			ctx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 			if err := w.gateway.Delete(ctx, t.key); err != nil {
-				w.faults[t].failed(ctx, "Group not deleted", err)
+				w.faults[t].Failed(ctx, "Group not deleted", err)
 			}
 			cancel()
 		case Keep:

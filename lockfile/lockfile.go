@@ -4,16 +4,18 @@ package lockfile
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 
-	"github.com/gofrs/flock"
+	"golang.org/x/sys/unix"
 )
 
 // Lock is a lock that this process holds on a file.
 type Lock struct {
-	flock *flock.Flock
+	file *os.File
 }
 
 // HeldError says that another process holds the lock.
@@ -31,48 +33,97 @@ func (e *HeldError) Error() string {
 	return fmt.Sprintf("lock %s: held by the process with PID %d", e.Path, e.PID)
 }
 
-// Acquire locks the file at path with flock(2), creating it when there is none, and
-// writes this process's PID into it. It does not wait: when another process holds the
-// lock, the error is a *HeldError. The kernel lifts the lock when its holder ends in
-// whatever way, so a file left behind by a killed process does not stand in the way. The
-// PID is for people to read; the lock does not depend on it.
+// Acquire locks the file at path, creating it when there is none, as AcquireFile does.
 func Acquire(path string) (*Lock, error) {
-	f := flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(0o644))
-	locked, err := f.TryLock()
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644) //nolint:gosec // Everybody may know the PID.
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	if !locked {
-		return nil, &HeldError{Path: path, PID: readPID(path)}
+	return AcquireFile(f)
+}
+
+// AcquireFile locks a file with flock(2) and writes this process's PID into it. It does not
+// wait: when another process holds the lock, or left one that it guarded running, the error
+// is a *HeldError. The kernel lifts the lock when its holder ends in whatever way, so a
+// file left behind by a killed process does not stand in the way. The holder's PID is for
+// people to read; the lock does not depend on it. The lock closes f, also on an error.
+func AcquireFile(f *os.File) (*Lock, error) {
+	if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer func() { _ = f.Close() }()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			pid, _ := read(f)
+			return nil, &HeldError{Path: f.Name(), PID: pid}
+		}
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
-	if err := os.WriteFile(path, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644); err != nil { //nolint:gosec // Everybody may know the PID.
-		return nil, fmt.Errorf("write the PID: %w", unlockAfter(f, err))
+	if _, guarded := read(f); guarded != 0 {
+		_ = f.Close()
+		return nil, &HeldError{Path: f.Name(), PID: guarded}
 	}
-	return &Lock{flock: f}, nil
+	l := &Lock{file: f}
+	if err := l.write(fmt.Sprintf("%d\n", os.Getpid())); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("write the PID: %w", err)
+	}
+	return l, nil
+}
+
+// Guard has the lock outlive its holder, should that be killed, as long as the process with
+// this PID runs.
+func (l *Lock) Guard(pid int) error {
+	return l.write(fmt.Sprintf("%d\n%d %s\n", os.Getpid(), pid, startOf(pid)))
 }
 
 // Release gives the lock up. The file stays, empty: were it removed, a process that had
 // opened it and a process that creates it anew could both hold a lock.
 func (l *Lock) Release() error {
-	return unlockAfter(l.flock, os.Truncate(l.flock.Path(), 0))
+	return errors.Join(l.file.Truncate(0), l.file.Close())
 }
 
-// unlockAfter unlocks f and returns err, or what unlocking answered.
-func unlockAfter(f *flock.Flock, err error) error {
-	if unlockErr := f.Unlock(); err == nil {
-		return unlockErr
+func (l *Lock) write(content string) error {
+	if err := l.file.Truncate(0); err != nil {
+		return err
 	}
+	_, err := l.file.WriteAt([]byte(content), 0)
 	return err
 }
 
-func readPID(path string) int {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return 0
+func flock(f *os.File, how int) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
+			return err
+		}
 	}
-	pid, err := strconv.Atoi(string(bytes.TrimSpace(b)))
-	if err != nil {
-		return 0
+}
+
+// read returns the holder's PID, and that of the guarded process if it runs.
+func read(f *os.File) (holder, guarded int) {
+	b := make([]byte, 200)
+	n, _ := f.ReadAt(b, 0)
+	lines := strings.Split(string(b[:n]), "\n")
+	holder, _ = strconv.Atoi(strings.TrimSpace(lines[0]))
+	if len(lines) > 1 {
+		var pid int
+		var start string
+		if _, err := fmt.Sscan(lines[1], &pid, &start); err == nil && start == startOf(pid) {
+			guarded = pid
+		}
 	}
-	return pid
+	return holder, guarded
+}
+
+// startOf returns when the process started, in the kernel's words: together with the PID
+// that names a process for good. It is empty when there is none.
+func startOf(pid int) string {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return ""
+	}
+	// The name, in parentheses, may have blanks and parentheses of its own. Field 22 of
+	// proc_pid_stat(5) is the 20th after it; field 3 is the state, Z for one that has ended.
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 20 || string(fields[0]) == "Z" {
+		return ""
+	}
+	return string(fields[19])
 }

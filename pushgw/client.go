@@ -24,7 +24,7 @@ type Doer interface {
 	Do(req *http.Request) (*http.Response, error)
 }
 
-// Client puts and deletes groups on one Pushgateway, or on another receiver that has a
+// Client puts, adds to and deletes groups on one Pushgateway, or on another receiver that has a
 // Pushgateway's paths below its URL. It is safe for concurrent use.
 type Client struct {
 	base *url.URL
@@ -43,7 +43,7 @@ func New(base *url.URL, http Doer) *Client {
 // String returns the Pushgateway's URL as it may be shown.
 func (c *Client) String() string { return safeurl.String(c.base) }
 
-// Body is what a put sends.
+// Body is what a put or an add sends.
 type Body struct {
 	// ContentType is the Content-Type header.
 	ContentType string
@@ -53,7 +53,17 @@ type Body struct {
 
 // Put replaces the whole group. Errors are *StatusError where the Pushgateway answered.
 func (c *Client) Put(ctx context.Context, key GroupingKey, body Body) error {
-	req, err := c.request(ctx, http.MethodPut, key, bytes.NewReader(body.Gzipped))
+	return c.push(ctx, http.MethodPut, key, body)
+}
+
+// Add replaces, in the group, the families that body has, and leaves the others. Errors
+// are as those of Put.
+func (c *Client) Add(ctx context.Context, key GroupingKey, body Body) error {
+	return c.push(ctx, http.MethodPost, key, body)
+}
+
+func (c *Client) push(ctx context.Context, method string, key GroupingKey, body Body) error {
+	req, err := c.request(ctx, method, key, bytes.NewReader(body.Gzipped))
 	if err != nil {
 		return err
 	}
@@ -78,9 +88,17 @@ func (c *Client) request(ctx context.Context, method string, key GroupingKey, bo
 	u := c.base.JoinPath(key.Path())
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: the URL makes no request", strings.ToLower(method), safeurl.String(u))
+		return nil, fmt.Errorf("%s %s: the URL makes no request", operation(method), safeurl.String(u))
 	}
 	return req, nil
+}
+
+// operation returns what a method does with a group.
+func operation(method string) string {
+	if method == http.MethodPost {
+		return "add to"
+	}
+	return strings.ToLower(method)
 }
 
 // maxMessage is how much is read of what a Pushgateway answers, in bytes. A refusal
@@ -88,7 +106,7 @@ func (c *Client) request(ctx context.Context, method string, key GroupingKey, bo
 const maxMessage = 64 << 10
 
 func (c *Client) do(req *http.Request) error {
-	op := strings.ToLower(req.Method)
+	op := operation(req.Method)
 	resp, err := c.http.Do(req)
 	if err != nil {
 		if httpclient.IsTimeout(req.Context(), err) {
@@ -128,7 +146,7 @@ func IsRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
 
 // StatusError is an answer whose status is no success.
 type StatusError struct {
-	// Op is put or delete.
+	// Op is put, add to or delete.
 	Op string
 	// URL is the group's, as it may be shown.
 	URL string
@@ -160,6 +178,17 @@ func (e *StatusError) Temporary() bool { return e.Code/100 == 5 }
 
 // Refused tells whether the Pushgateway took offence at what was sent.
 func (e *StatusError) Refused() bool { return e.Code == http.StatusBadRequest }
+
+// Final tells whether the same push would be refused again, however often it is tried: for
+// what it says, its size or its format, and not for who asks or where.
+func (e *StatusError) Final() bool {
+	switch e.Code {
+	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
+		return true
+	default:
+		return false
+	}
+}
 
 // familyNamed matches the places where the consistency check of a Pushgateway (it is
 // client_golang's) names a family, quoted or not.

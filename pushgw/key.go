@@ -1,4 +1,4 @@
-// Package pushgw speaks the API of a Pushgateway: grouping keys, put and delete.
+// Package pushgw speaks the API of a Pushgateway: grouping keys, put, add and delete.
 package pushgw
 
 import (
@@ -67,6 +67,11 @@ func (k GroupingKey) Path() string {
 		writePair(&b, name, k.Labels[name])
 	}
 	return b.String()
+}
+
+// LabelNames returns the names of all labels of the key, job among them.
+func (k GroupingKey) LabelNames() []string {
+	return append(slices.Sorted(maps.Keys(k.Labels)), model.JobLabel)
 }
 
 // String returns the key in the notation of PromQL.

@@ -22,10 +22,12 @@ import (
 	"github.com/prometheus/common/version"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/promferry/promferry/batch"
 	"github.com/promferry/promferry/exposition"
 	"github.com/promferry/promferry/forwarder"
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/lockfile"
+	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
 	"github.com/promferry/promferry/target"
 )
@@ -42,7 +44,6 @@ const (
 // agentCommand is promferry agent.
 type agentCommand struct {
 	settings *agentSettings
-	unknown  []error // what the environment held besides the settings
 	once     bool
 	dryRun   bool
 }
@@ -50,17 +51,23 @@ type agentCommand struct {
 func newAgentCommand(app *kingpin.Application) *agentCommand {
 	clause := app.Command("agent", "Scrape targets on this host and put what they expose to Pushgateways.")
 	a := &agentCommand{settings: newAgentSettings()}
-	a.unknown = readEnvironment(a.settings, a.settings.all())
-	a.settings.register(clause)
 	clause.Flag("once", onceHelp).BoolVar(&a.once)
 	clause.Flag("dry-run", dryRunHelp).BoolVar(&a.dryRun)
 	return a
 }
 
-// run runs the agent until ctx ends.
-func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error {
+func (*agentCommand) name() string { return "agent" }
+
+func (a *agentCommand) sets() ([]any, []anySetting) { return []any{a.settings}, a.settings.all() }
+
+// run runs the agent until it is told to stop.
+func (a *agentCommand) run(in *invocation) (int, error) {
+	return 0, a.serveUntilStopped(in.context(), in)
+}
+
+func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) error {
 	s := a.settings
-	errs := append(a.unknown, s.check()...)
+	errs := append(in.unknown, s.check()...)
 	scrapeClient, err := httpclient.New("scrape", s.ScrapeHTTPConfig.value)
 	if err != nil {
 		errs = append(errs, s.ScrapeHTTPConfig.fault(err))
@@ -76,7 +83,7 @@ func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error 
 		return err
 	}
 
-	logger := newLogger(stderr, s)
+	logger := newLogger(in.stderr, s)
 	registry := newRegistry()
 	notifier := newNotifier(logger)
 	var forward *forwarder.Forwarder
@@ -90,7 +97,7 @@ func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error 
 		return err
 	}
 	if a.dryRun {
-		return forward.DryRun(ctx, stdout)
+		return forward.DryRun(ctx, in.stdout)
 	}
 	lock, err := a.lock()
 	if err != nil {
@@ -101,8 +108,16 @@ func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error 
 			logger.Warn("Lock not released", "err", err)
 		}
 	}()
+	box, err := outbox.Open(s.StateDir.value)
+	if err != nil {
+		return fmt.Errorf("%s: %w", s.StateDir.name(), err)
+	}
+	defer func() { _ = box.Close() }()
+	deliver := a.deliverer(pushClient, box, logger, registry)
 	if a.once {
-		return forward.Once(ctx)
+		err := forward.Once(ctx)
+		deliver.Once(ctx)
+		return err
 	}
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.WebListenAddress.value)
 	if err != nil {
@@ -121,7 +136,16 @@ func (a *agentCommand) run(ctx context.Context, stdout, stderr io.Writer) error 
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, logger)
-	return a.serve(ctx, forward, web, r, notifier, logger)
+	return a.serve(ctx, forward, deliver, web, r, notifier, logger)
+}
+
+// deliverer returns what delivers what batch jobs on this host could not push.
+func (a *agentCommand) deliverer(client *httpclient.Client, box *outbox.Outbox, logger *slog.Logger, r prometheus.Registerer) *batch.Deliverer {
+	c := &batch.Courier{Outbox: box, Timeout: time.Duration(a.settings.PushTimeout.value)}
+	for _, u := range a.settings.PushUrls.value {
+		c.Gateways = append(c.Gateways, pushgw.New(u.URL, client))
+	}
+	return batch.NewDeliverer(c, logger, r)
 }
 
 // config returns the forwarder's configuration.
@@ -173,7 +197,7 @@ func (a *agentCommand) lock() (*lockfile.Lock, error) {
 }
 
 // serve forwards and answers requests until ctx ends.
-func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, web *web, r *reloader, notifier *notifier, logger *slog.Logger) error {
+func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, deliver *batch.Deliverer, web *web, r *reloader, notifier *notifier, logger *slog.Logger) error {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -186,6 +210,7 @@ func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, 
 	defer stopWeb()
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return web.Run(webCtx) })
+	group.Go(func() error { return deliver.Run(groupCtx) })
 	group.Go(func() error {
 		defer stopWeb()
 		return forward.Run(groupCtx)

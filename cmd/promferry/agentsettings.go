@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/alecthomas/kingpin/v2"
 	"github.com/alecthomas/units"
 	"github.com/prometheus/common/model"
 
@@ -95,12 +94,6 @@ func (s *agentSettings) all() []anySetting {
 		s.PushOnStop, s.PushFormat, s.PushHTTPConfig, s.ScrapeTimeout, s.ScrapeMaxBytes, s.ScrapeHTTPConfig,
 		s.MetricKeep, s.MetricDrop, s.Instance, s.StateDir, s.LockFile, s.WebListenAddress, s.WebConfigFile,
 		s.LogLevel, s.LogFormat,
-	}
-}
-
-func (s *agentSettings) register(cmd *kingpin.CmdClause) {
-	for _, setting := range s.all() {
-		setting.register(cmd)
 	}
 }
 

@@ -30,9 +30,9 @@ type setting[T any] struct {
 	list  bool
 	merge func(T, T) T
 
-	from  string // what the user typed: the flag or the variable, "" for the default
-	texts []string
-	errs  []error
+	from     string // what the user typed: the flag or the variable, "" for the default
+	fallback T      // the default, where from is not ""
+	errs     []error
 }
 
 // anySetting is a setting of whatever type.
@@ -42,6 +42,7 @@ type anySetting interface {
 	row() string
 	env() string
 	check() []error
+	forgive() []error
 }
 
 // env returns the name of the variable: the flag's, in the plural for a list.
@@ -90,13 +91,15 @@ func (s *setting[T]) Set(text string) error {
 
 func (s *setting[T]) add(from, text string) {
 	value, err := s.parse(text)
+	if s.from == "" {
+		s.fallback = s.value
+	}
 	if s.from != from {
-		s.from, s.texts, s.errs = from, nil, nil
+		s.from, s.errs = from, nil
 		s.value = value
 	} else if s.merge != nil {
 		s.value = s.merge(s.value, value)
 	}
-	s.texts = append(s.texts, text)
 	if err != nil {
 		s.errs = append(s.errs, s.fault(err))
 	}
@@ -106,6 +109,17 @@ func (s *setting[T]) add(from, text string) {
 func (s *setting[T]) fault(err error) error { return fmt.Errorf("%s: %w", s.name(), err) }
 
 func (s *setting[T]) check() []error { return s.errs }
+
+// forgive makes the default of a value that is wrong and comes from the environment, and
+// returns what is wrong with it.
+func (s *setting[T]) forgive() []error {
+	errs := s.errs
+	if len(errs) == 0 || s.from != s.env() {
+		return nil
+	}
+	s.value, s.from, s.errs = s.fallback, "", nil
+	return errs
+}
 
 // String returns the value in force, for --help.
 func (s *setting[T]) String() string {
@@ -221,19 +235,23 @@ func listOf[T fmt.Stringer](flag, help string, value list[T], parse func(string)
 	}
 }
 
-// readEnvironment reads the variables of spec, a pointer to a struct of settings, and
-// returns an error for each variable of ours that spec does not have.
-func readEnvironment(spec any, settings []anySetting) []error {
-	// The settings keep their faults to themselves, so an error here is a mistake in spec.
-	if err := envconfig.Process(envPrefix, spec); err != nil {
-		return []error{err}
+// readEnvironment reads the variables of specs, pointers to structs of settings.
+func readEnvironment(specs []any) {
+	for _, spec := range specs {
+		if err := envconfig.Process(envPrefix, spec); err != nil {
+			panic(err) // A mistake in spec: settings keep their faults to themselves.
+		}
 	}
+}
+
+// unknownVariables returns an error for each variable of ours that is not known, for the
+// command that it is no setting of.
+func unknownVariables(known map[string]bool, command string) []error {
 	var errs []error
 	for _, variable := range os.Environ() {
 		name, _, _ := strings.Cut(variable, "=")
-		known := func(s anySetting) bool { return s.env() == name }
-		if strings.HasPrefix(name, envPrefix+"_") && !slices.ContainsFunc(settings, known) {
-			errs = append(errs, fmt.Errorf("%s: no such variable; promferry agent --help lists all", name))
+		if strings.HasPrefix(name, envPrefix+"_") && !known[name] {
+			errs = append(errs, fmt.Errorf("%s: no such variable; promferry %s --help lists all", name, command))
 		}
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })

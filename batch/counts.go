@@ -1,0 +1,122 @@
+package batch
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+	"time"
+
+	"github.com/promferry/promferry/internal/statedir"
+	"github.com/promferry/promferry/lockfile"
+	"github.com/promferry/promferry/pushgw"
+)
+
+// Jobs keeps, in a state directory, what has to survive a run: how many there were of each
+// group, and a lock for each. It is safe for concurrent use, also by other processes.
+type Jobs struct{ dir *statedir.Dir }
+
+// OpenJobs opens them, and makes the directory when there is none.
+func OpenJobs(stateDir string) (*Jobs, error) {
+	state, err := statedir.Open(stateDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = state.Close() }()
+	dir, err := state.Sub("jobs")
+	if err != nil {
+		return nil, err
+	}
+	return &Jobs{dir: dir}, nil
+}
+
+// Close closes them.
+func (j *Jobs) Close() error { return j.dir.Close() }
+
+// countFile is what a file of counts holds.
+type countFile struct {
+	Job    string             `json:"job"`
+	Labels map[string]string  `json:"labels,omitempty"`
+	Runs   map[Outcome]uint64 `json:"runs"`
+}
+
+// countPatience is how long Count waits for another process, which keeps the lock for as
+// long as a small file takes to be written.
+const countPatience = 5 * time.Second
+
+// Count counts a run, and returns how many there were by outcome. A file that cannot be
+// read as one is begun anew, with an error beside the counts.
+func (j *Jobs) Count(ctx context.Context, key pushgw.GroupingKey, outcome Outcome) (map[Outcome]uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, countPatience)
+	defer cancel()
+	lock, err := j.dir.Lock(ctx, "lock", 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = lock.Close() }()
+	name := fileName(key) + ".json"
+	file, damage := j.read(name)
+	if file.Runs == nil {
+		file.Runs = make(map[Outcome]uint64)
+	}
+	file.Job, file.Labels = key.Job, key.Labels
+	file.Runs[outcome]++
+	b, err := json.Marshal(file)
+	if err != nil {
+		return nil, err
+	}
+	if err := j.dir.WriteFile(name, append(b, '\n')); err != nil {
+		return nil, err
+	}
+	return file.Runs, damage
+}
+
+func (j *Jobs) read(name string) (countFile, error) {
+	var file countFile
+	f, err := j.dir.OpenFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return file, nil
+	}
+	if err != nil {
+		return file, err
+	}
+	defer func() { _ = f.Close() }()
+	if err := json.NewDecoder(io.LimitReader(f, 1<<20)).Decode(&file); err != nil {
+		return countFile{}, fmt.Errorf("%s: damaged, runs are counted from 0 on: %w", j.dir.Path(name), err)
+	}
+	return file, nil
+}
+
+// Lock takes the lock of a group's runs. It does not wait: see lockfile.AcquireFile.
+func (j *Jobs) Lock(key pushgw.GroupingKey) (*lockfile.Lock, error) {
+	f, err := j.dir.OpenLock(fileName(key) + ".lock")
+	if err != nil {
+		return nil, err
+	}
+	return lockfile.AcquireFile(f)
+}
+
+// maxShownName is up to how many bytes of a job's name stand in the name of its files.
+const maxShownName = 64
+
+// fileName returns a name for the files of a group: readable, and its own.
+func fileName(key pushgw.GroupingKey) string {
+	sum := sha256.Sum256([]byte(key.Path()))
+	return shown(key.Job) + "-" + hex.EncodeToString(sum[:8])
+}
+
+// shown returns what of a job's name can stand in the name of a file.
+func shown(job string) string {
+	s := strings.Map(func(c rune) rune {
+		if c < 0x80 && (c == '-' || c == '_' || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z') {
+			return c
+		}
+		return '_'
+	}, job)
+	return s[:min(len(s), maxShownName)]
+}

@@ -1,0 +1,310 @@
+// Package batch pushes how batch jobs ended: commands that it runs, and systemd units that
+// tell it. What cannot be pushed now waits in an outbox.
+package batch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/lockfile"
+	"github.com/promferry/promferry/outbox"
+	"github.com/promferry/promferry/pushgw"
+)
+
+// MetricsFileVariable is the environment variable that tells a command where it may write
+// metrics of its own.
+const MetricsFileVariable = "PROMFERRY_METRICS_FILE"
+
+// StatusSkipped is what a run returns that another one keeps from beginning: EX_TEMPFAIL
+// of sysexits.h.
+const StatusSkipped = 75
+
+// maxMetricsFile is up to which size a file of metrics is read, in bytes.
+const maxMetricsFile = 64 << 20
+
+// Job is what the runs of a batch job have in common.
+type Job struct {
+	// Key names the group of the job's metrics.
+	Key pushgw.GroupingKey
+	// Courier brings them. PushTimeout bounds all of what it does after a run.
+	Courier     *Courier
+	PushTimeout time.Duration
+	// Jobs counts runs, and keeps two from overlapping. Nil: neither.
+	Jobs *Jobs
+	// Textfile is the directory in which a file for the textfile collector of a
+	// node_exporter is written as well; empty means none.
+	Textfile string
+	// Warn is told of what is wrong, a sentence each time. A run goes on all the same.
+	Warn func(error)
+}
+
+// Run is a command that is run once.
+type Run struct {
+	Job
+	// Args are the command and its arguments, Env its environment.
+	Args, Env             []string
+	Stdin, Stdout, Stderr *os.File
+	// Timeout is how long the command may run; 0 means without end. KillAfter is how long
+	// it has to end then before it is killed.
+	Timeout, KillAfter time.Duration
+	// NoOverlap skips the run when another one of the same group is going on.
+	NoOverlap bool
+	// StartPush adds, when the command has been started, that it runs.
+	StartPush bool
+}
+
+// Run runs the command, pushes how it ended, and returns the status to exit with.
+func (r *Run) Run(ctx context.Context) int {
+	if r.NoOverlap && r.Jobs != nil {
+		lock, err := r.Jobs.Lock(r.Key)
+		if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
+			r.skipped(ctx, held)
+			return StatusSkipped
+		}
+		if err != nil {
+			r.Warn(fmt.Errorf("%w; nothing keeps a second run from overlapping with this one", err))
+		} else {
+			defer func() { _ = lock.Release() }()
+			return r.run(ctx, lock)
+		}
+	}
+	return r.run(ctx, nil)
+}
+
+// skipped counts and pushes that the run did not begin.
+func (r *Run) skipped(ctx context.Context, held *lockfile.HeldError) {
+	if held.PID == 0 {
+		r.Warn(errors.New("skipped: another run is going on"))
+	} else {
+		r.Warn(fmt.Errorf("skipped: another run is going on, PID %d", held.PID))
+	}
+	r.report(ctx, time.Now(), nil, runs(r.count(ctx, Skipped)))
+}
+
+func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
+	dir, err := os.MkdirTemp("", "promferry-")
+	if err != nil {
+		r.Warn(fmt.Errorf("%w; the command gets no file for metrics of its own", err))
+	} else {
+		defer func() { _ = os.RemoveAll(dir) }()
+	}
+	var file string
+	if dir != "" {
+		file = filepath.Join(dir, "metrics.prom")
+	}
+
+	start := func(time.Time) {}
+	var starting sync.WaitGroup
+	startCtx, stopStart := context.WithCancel(ctx)
+	defer stopStart()
+	if r.StartPush {
+		start = func(at time.Time) { starting.Go(r.startPush(startCtx, at)) }
+	}
+	p := &process{
+		args: r.Args, env: withVariable(r.Env, MetricsFileVariable, file), timeout: r.Timeout, killAfter: r.KillAfter,
+		stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr,
+		onStart: func(pid int, at time.Time) {
+			if lock != nil {
+				if err := lock.Guard(pid); err != nil {
+					r.Warn(err)
+				}
+			}
+			start(at)
+		},
+	}
+	result, err := p.run()
+	if err != nil {
+		r.Warn(fmt.Errorf("%s: %w", r.Args[0], err))
+	}
+
+	// The command has ended: a signal now ends the pushing, and nothing is lost.
+	ctx, stop := signal.NotifyContext(ctx, unignored(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)...)
+	defer stop()
+	defer context.AfterFunc(ctx, stopStart)()
+	families := completed(result, r.count(ctx, result.Outcome))
+	r.report(ctx, result.End, &starting, r.ownMetrics(ctx, file), families)
+	return result.Status
+}
+
+// startPush returns what adds that the command runs. What waits for the group is noted
+// here and now, so that nothing of this run's end can get before it.
+func (r *Run) startPush(ctx context.Context, at time.Time) func() {
+	families := started(at)
+	if r.Textfile != "" {
+		if err := writeTextfile(ctx, r.Textfile, r.Key, families); err != nil {
+			r.Warn(err)
+		}
+	}
+	push, err := r.add(at, families)
+	if err != nil {
+		r.Warn(err)
+		return func() {}
+	}
+	parcel := r.Courier.Once(ctx, push)
+	return func() {
+		ctx, cancel := context.WithTimeout(ctx, r.PushTimeout)
+		defer cancel()
+		_ = parcel.Deliver(ctx) // Of this one nobody has to know; the end is what counts.
+	}
+}
+
+// count counts a run where runs are counted, and returns nil where they are not.
+func (j *Job) count(ctx context.Context, outcome Outcome) map[Outcome]uint64 {
+	if j.Jobs == nil {
+		return nil
+	}
+	counts, err := j.Jobs.Count(ctx, j.Key, outcome)
+	if err != nil {
+		j.Warn(err)
+	}
+	return counts
+}
+
+// report pushes sets of families, in their order, each on its own so that what is wrong
+// with one costs the others nothing, and writes them to the textfile. It waits for what
+// is started before it delivers.
+func (j *Job) report(ctx context.Context, at time.Time, starting *sync.WaitGroup, sets ...[]*dto.MetricFamily) {
+	var pushes []Push
+	for _, families := range sets {
+		if len(families) == 0 {
+			continue
+		}
+		push, err := j.add(at, families)
+		if err != nil {
+			j.Warn(err)
+			continue
+		}
+		pushes = append(pushes, push)
+	}
+	// Not with ctx: whatever ends the delivery, they are kept.
+	parcel, err := j.Courier.Keep(context.WithoutCancel(ctx), pushes...)
+	if err != nil {
+		j.Warn(fmt.Errorf("%w; the push is tried once, and what waited before is untouched", err))
+	}
+	if j.Textfile != "" {
+		if err := writeTextfile(ctx, j.Textfile, j.Key, slices.Concat(sets...)); err != nil {
+			j.Warn(err)
+		}
+	}
+	if len(pushes) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
+	defer cancel()
+	if starting != nil {
+		starting.Wait() // Its own time began before ours.
+	}
+	undelivered := parcel.Deliver(ctx)
+	for _, err := range undelivered {
+		j.Warn(err)
+	}
+	if len(undelivered) > 0 || j.Courier.Outbox == nil {
+		return
+	}
+	for _, g := range j.Courier.Gateways {
+		for _, err := range j.Courier.DeliverAll(ctx, g).Rejected {
+			j.Warn(&UndeliveredError{Fate: Refused, Outbox: j.Courier.Outbox.Path(), Err: err})
+		}
+	}
+}
+
+// add returns the push that adds families to the job's group.
+func (j *Job) add(at time.Time, families []*dto.MetricFamily) (Push, error) {
+	b, err := exposition.Encode(families, exposition.Text)
+	if err != nil {
+		return Push{}, err
+	}
+	return Push{Op: outbox.Add, Key: j.Key, At: at, Body: pushgw.Body{ContentType: exposition.Text.ContentType(), Gzipped: b}}, nil
+}
+
+// ownMetrics returns what can be pushed of the metrics that the command wrote.
+func (r *Run) ownMetrics(ctx context.Context, path string) []*dto.MetricFamily {
+	if path == "" {
+		return nil
+	}
+	b, err := readRegular(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	families, left, err := r.checkOwn(ctx, b, err)
+	if err != nil {
+		r.Warn(fmt.Errorf("metrics of the command's own, left out: %w", err))
+		return nil
+	}
+	for _, l := range left {
+		r.Warn(fmt.Errorf("metrics of the command's own: %w", exposition.Explain(b, l)))
+	}
+	return families
+}
+
+func (r *Run) checkOwn(ctx context.Context, b []byte, err error) ([]*dto.MetricFamily, []exposition.LeftOut, error) {
+	if err != nil {
+		return nil, nil, err
+	}
+	families, left, err := exposition.Read(ctx, withNewline(b), "")
+	if errors.Is(err, exposition.ErrEmpty) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	families, more := exposition.Rules{Grouping: r.Key.LabelNames(), Reserved: ownFamilies}.Check(families)
+	return families, append(left, more...), nil
+}
+
+// withNewline mends what echo -n and printf leave: a text without a newline at its end.
+func withNewline(b []byte) []byte {
+	if len(b) > 0 && b[len(b)-1] != '\n' {
+		return append(slices.Clip(b), '\n')
+	}
+	return b
+}
+
+// readRegular reads a file that another program wrote.
+func readRegular(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: no regular file", path)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxMetricsFile+1))
+	if err == nil && len(b) > maxMetricsFile {
+		err = fmt.Errorf("%s: larger than %d MiB", path, maxMetricsFile>>20)
+	}
+	return b, err
+}
+
+// withVariable returns env with a variable set, or without it where value is empty.
+func withVariable(env []string, name, value string) []string {
+	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool { return strings.HasPrefix(v, name+"=") })
+	if value != "" {
+		env = append(env, name+"="+value)
+	}
+	return env
+}
+
+// unignored returns those of signals that were not ignored when this process was started.
+func unignored(signals ...os.Signal) []os.Signal {
+	return slices.DeleteFunc(signals, signal.Ignored)
+}

@@ -1,0 +1,99 @@
+package batch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/model"
+
+	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/pushgw"
+)
+
+// writeTextfile does with a file for the textfile collector of a node_exporter what an add
+// does with a group: the families replace those of the same names, and the others stay.
+// The series have the grouping labels but instance, which is the node's.
+func writeTextfile(ctx context.Context, dir string, key pushgw.GroupingKey, families []*dto.MetricFamily) error {
+	// Two runs at the same time must not lose what the other one writes.
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = d.Close() }()
+	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", dir, err)
+	}
+	path := filepath.Join(dir, "promferry-"+fileName(key)+".prom")
+	have, err := readTextfile(ctx, path)
+	if err != nil {
+		return err
+	}
+	for _, family := range families {
+		have = slices.DeleteFunc(have, func(f *dto.MetricFamily) bool { return f.GetName() == family.GetName() })
+		have = append(have, withLabels(family, key))
+	}
+	slices.SortFunc(have, func(a, b *dto.MetricFamily) int { return strings.Compare(a.GetName(), b.GetName()) })
+	// The collector reads what ends in .prom.
+	temp, err := os.CreateTemp(dir, ".promferry-*.tmp")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.Remove(temp.Name()) }() // Renamed where all went well.
+	err = errors.Join(exposition.Write(temp, have, exposition.Text), temp.Chmod(0o644), temp.Sync(), temp.Close())
+	if err != nil {
+		return err
+	}
+	return os.Rename(temp.Name(), path)
+}
+
+// readTextfile returns the families of a textfile, none where there is no file. One that
+// is damaged is written anew.
+func readTextfile(ctx context.Context, path string) ([]*dto.MetricFamily, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	b, err := io.ReadAll(io.LimitReader(f, maxMetricsFile))
+	if err != nil {
+		return nil, err
+	}
+	families, _, err := exposition.Read(ctx, b, "")
+	if err != nil {
+		return nil, nil //nolint:nilerr // As the comment says.
+	}
+	return families, nil
+}
+
+// withLabels returns a copy of family whose series have the labels of a group.
+func withLabels(family *dto.MetricFamily, key pushgw.GroupingKey) *dto.MetricFamily {
+	labels := maps.Clone(key.Labels)
+	if labels == nil {
+		labels = make(map[string]string)
+	}
+	delete(labels, model.InstanceLabel)
+	labels[model.JobLabel] = key.Job
+	f := &dto.MetricFamily{Name: family.Name, Help: family.Help, Type: family.Type}
+	for _, m := range family.GetMetric() {
+		series := &dto.Metric{Gauge: m.Gauge, Counter: m.Counter, Untyped: m.Untyped, Summary: m.Summary, Histogram: m.Histogram}
+		for _, name := range slices.Sorted(maps.Keys(labels)) {
+			series.Label = append(series.Label, &dto.LabelPair{Name: &name, Value: new(labels[name])})
+		}
+		series.Label = append(series.Label, m.GetLabel()...)
+		f.Metric = append(f.Metric, series)
+	}
+	return f
+}
