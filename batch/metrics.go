@@ -102,7 +102,7 @@ func completed(r Result, counts map[Outcome]uint64) []*dto.MetricFamily {
 		families = append(families, cpu)
 	}
 	if r.MaxRSS > 0 {
-		families = append(families, gauge(lastMaxRSS, "Peak of the memory of the last run: of its largest process, or of all of a systemd unit.", float64(r.MaxRSS)))
+		families = append(families, gauge(lastMaxRSS, "Peak of the resident memory of the last run's largest process, where promferry itself, some 15 MiB, counts as one; for a systemd unit that of all of it.", float64(r.MaxRSS)))
 	}
 	families = append(families, gauge(isRunning, helpRunning, 0))
 	return append(families, runs(counts)...)

@@ -241,6 +241,9 @@ func (r *Run) ownMetrics(ctx context.Context, path string) []*dto.MetricFamily {
 		return nil
 	}
 	families, left, err := r.checkOwn(ctx, b, err)
+	if fault := exposition.FaultOf(err); fault != nil {
+		err = fault
+	}
 	if err != nil {
 		r.Warn(fmt.Errorf("metrics of the command's own, left out: %w", err))
 		return nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 
 	dto "github.com/prometheus/client_model/go"
@@ -18,13 +19,19 @@ type Fault struct {
 	Line int
 	// Text says what it is.
 	Text string
+	// First is the number of the line of a series that comes again in Line, or 0.
+	First int
 }
 
 func (f *Fault) Error() string {
-	if f.Line == 0 {
-		return f.Text
+	text := f.Text
+	if f.First != 0 {
+		text += fmt.Sprintf(", first in line %d", f.First)
 	}
-	return fmt.Sprintf("line %d: %s", f.Line, f.Text)
+	if f.Line == 0 {
+		return text
+	}
+	return fmt.Sprintf("line %d: %s", f.Line, text)
 }
 
 // FaultOf returns the fault that err, of Read, tells of a text, or nil.
@@ -40,15 +47,19 @@ func FaultOf(err error) *Fault {
 func Explain(text []byte, l LeftOut) *Fault {
 	what := fmt.Sprintf("%s: %s", l.Family, phrases[l.Reason])
 	if l.Series > 1 {
-		what = fmt.Sprintf("%s (%d series)", what, l.Series)
+		what = fmt.Sprintf("%s: %d series, %s", l.Family, l.Series, phrases[l.Reason])
 	}
 	seen := make(map[string]int)
 	number := 0
+	quoted := []byte(strconv.Quote(l.Family))
 	for line := range bytes.Lines(text) {
 		number++
+		if l.Reason == ReasonName && bytes.Contains(line, quoted) {
+			return &Fault{Line: number, Text: what}
+		}
 		if name := sampleName(line); name == "" {
 			if keyword, name, _ := header(line); keyword != "" && name == l.Family && l.Series == 0 {
-				return &Fault{number, what}
+				return &Fault{Line: number, Text: what}
 			}
 			continue
 		} else if !isSeriesOf(name, l.Family) {
@@ -63,18 +74,18 @@ func Explain(text []byte, l LeftOut) *Fault {
 			sortLabels(m.Label)
 			key := sampleName(line) + seriesKey(m)
 			if first := seen[key]; first != 0 {
-				return &Fault{number, fmt.Sprintf("%s: the first is %d lines before", what, number-first)}
+				return &Fault{Line: number, Text: what, First: first}
 			}
 			seen[key] = number
 		case ReasonLabel:
 			if name := badLabel(sampleName(line), sample(line)); name != "" {
-				return &Fault{number, fmt.Sprintf("%s: %q", what, name)}
+				return &Fault{Line: number, Text: fmt.Sprintf("%s: %q", what, name)}
 			}
 		default:
-			return &Fault{number, what}
+			return &Fault{Line: number, Text: what}
 		}
 	}
-	return &Fault{0, what}
+	return &Fault{Text: what}
 }
 
 // Timestamps returns the number of the first line of a text whose sample has a timestamp,
@@ -98,7 +109,7 @@ var phrases = map[Reason]string{
 	ReasonName:      "not a name that a Pushgateway takes: letters, digits, _ and : make one, a digit not at the begin",
 	ReasonType:      "a type that a Pushgateway does not take, or a sample that is not of the family's type",
 	ReasonClash:     "clashes with another family of the same name, or with a series of a summary or histogram",
-	ReasonDuplicate: "the series comes twice",
+	ReasonDuplicate: "a series that comes twice",
 	ReasonLabel:     "has a label that a Pushgateway does not take",
 }
 

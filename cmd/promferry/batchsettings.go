@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -160,14 +161,20 @@ func (s *jobSettings) all() []anySetting {
 // forgive takes out what is wrong in the environment, which must not stop a job that ran
 // before somebody changed it, and returns it.
 func (s *jobSettings) forgive() []error {
+	errs := forgive(s.all()...)
+	if slices.ContainsFunc(errs, func(err error) bool { return strings.HasPrefix(err.Error(), s.push.PushUrls.env()) }) {
+		// The default would be another Pushgateway than what was meant.
+		s.push.PushUrls.value = nil
+		errs = append(errs, errors.New("no Pushgateway is known: nothing is pushed"))
+	}
+	return errs
+}
+
+func forgive(settings ...anySetting) []error {
 	var errs []error
-	for _, setting := range s.all() {
-		wrong := setting.forgive()
-		errs = append(errs, wrong...)
-		if len(wrong) > 0 && setting == anySetting(s.push.PushUrls) {
-			// The default would be another Pushgateway than what was meant.
-			s.push.PushUrls.value = nil
-			errs = append(errs, errors.New("no Pushgateway is known, so nothing is pushed"))
+	for _, setting := range settings {
+		for _, err := range setting.forgive() {
+			errs = append(errs, fmt.Errorf("%w; ignored", err))
 		}
 	}
 	return errs
@@ -179,10 +186,7 @@ func (s *jobSettings) job(warn func(error)) (batch.Job, func()) {
 	if s.Textfile.isSet() && !s.push.PushUrls.isSet() {
 		s.push.PushUrls.value = nil // Instead of a push.
 	}
-	courier, err := s.push.courier()
-	if err != nil {
-		warn(err)
-	}
+	courier, err := s.push.courier() // An error comes with each push as well.
 	j := batch.Job{
 		Key: s.group.key(), Courier: courier, PushTimeout: time.Duration(s.push.PushTimeout.value), Textfile: s.Textfile.value, Warn: warn,
 	}

@@ -35,7 +35,7 @@ func (f *flushCommand) sets() ([]any, []anySetting) { return []any{f.push}, f.pu
 func (f *flushCommand) run(in *invocation) (int, error) {
 	warn := warner(in, "flush")
 	for _, err := range in.unknown {
-		warn(fmt.Errorf("%w; ignored", err))
+		warn(err)
 	}
 	if err := faults(f.push.check()); err != nil {
 		return 0, err

@@ -114,6 +114,15 @@ func parse(app *kingpin.Application, args []string) (selected string, exited boo
 	if len(args) == 0 { // kingpin would print the help, and call that a success.
 		return "", false, errors.New("a command is missing")
 	}
+	if args[0] == "push" {
+		// kingpin would make "" of it.
+		args = slices.Clone(args)
+		for i, arg := range args {
+			if arg == "-" {
+				args[i] = stdinName
+			}
+		}
+	}
 	type terminated struct{}
 	app.Terminate(func(int) { panic(terminated{}) }) // It must not go on.
 	defer func() {

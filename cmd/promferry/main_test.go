@@ -19,6 +19,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
@@ -27,7 +28,9 @@ func TestMain(m *testing.M) {
 
 // TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
 // exporter, in $GATEWAY that of a Pushgateway that writes what it is asked to the file
-// puts, and in $CLOSED one where nothing listens.
+// puts, in $HANGING that of one that writes that it was asked to the file hanging and never
+// answers, in $REFUSING that of one that refuses all, and in $CLOSED one where nothing
+// listens.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -56,10 +59,25 @@ func TestScripts(t *testing.T) {
 				}
 			}))
 			env.Defer(gateway.Close)
+			hanging := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+				_ = os.WriteFile(filepath.Join(env.WorkDir, "hanging"), []byte(r.Method), 0o600)
+				_, _ = io.Copy(io.Discard, r.Body)
+				<-r.Context().Done()
+			}))
+			env.Defer(func() {
+				hanging.CloseClientConnections()
+				hanging.Close()
+			})
+			refusing := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				http.Error(w, "no such luck", http.StatusBadRequest)
+			}))
+			env.Defer(refusing.Close)
 			closed := httptest.NewServer(nil)
 			closed.Close()
 			env.Setenv("EXPORTER", exporter.URL)
 			env.Setenv("GATEWAY", gateway.URL)
+			env.Setenv("HANGING", hanging.URL)
+			env.Setenv("REFUSING", refusing.URL)
 			env.Setenv("CLOSED", closed.URL)
 			return nil
 		},
@@ -91,7 +109,7 @@ func sendSignal(ts *testscript.TestScript, _ bool, args []string) {
 	if _, err := fmt.Sscan(ts.ReadFile(args[1]), &pid); err != nil {
 		ts.Fatalf("PID: %v", err)
 	}
-	sig := map[string]syscall.Signal{"HUP": syscall.SIGHUP, "TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL}[args[0]]
+	sig := unix.SignalNum("SIG" + args[0])
 	ts.Check(syscall.Kill(pid, sig))
 }
 

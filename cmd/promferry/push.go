@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -96,7 +98,7 @@ func (d *deleteCommand) run(in *invocation) (int, error) {
 func checkPush(in *invocation, who string, push *pushSettings, group *groupSettings) error {
 	warn := warner(in, who)
 	for _, err := range in.unknown {
-		warn(fmt.Errorf("%w; ignored", err))
+		warn(err)
 	}
 	return faults(append(group.check(), push.check()...))
 }
@@ -139,17 +141,20 @@ type source struct {
 
 type sources []source
 
+// stdinName is where Linux has a process's stdin.
+const stdinName = "/dev/stdin"
+
 // maxSource is up to which size a source is read, in bytes.
 const maxSource = 64 << 20
 
 func readSources(stdin io.Reader, files []string) (sources, error) {
 	if len(files) == 0 {
-		files = []string{"-"}
+		files = []string{stdinName}
 	}
 	var all sources
 	for _, name := range files {
 		r := stdin
-		if name == "-" {
+		if name == stdinName || name == "-" {
 			name = "stdin"
 		} else {
 			f, err := os.Open(name)
@@ -191,27 +196,51 @@ func (all sources) check(ctx context.Context, key pushgw.GroupingKey) ([]*dto.Me
 		return nil, err
 	}
 	families, more := exposition.Rules{Grouping: key.LabelNames()}.Check(families)
-	var errs []error
+	var wrong []*exposition.Fault
 	if line, name := exposition.Timestamps(text); line != 0 {
-		errs = append(errs, all.at(&exposition.Fault{Line: line, Text: name + ": has a timestamp, which a Pushgateway refuses: Prometheus sets the time when it scrapes"}))
+		wrong = append(wrong, &exposition.Fault{Line: line, Text: name + ": has a timestamp, which a Pushgateway refuses: Prometheus sets the time when it scrapes"})
 	}
 	for _, l := range append(left, more...) {
-		errs = append(errs, all.at(exposition.Explain(text, l)))
+		wrong = append(wrong, exposition.Explain(text, l))
 	}
-	return families, errors.Join(errs...)
+	slices.SortStableFunc(wrong, func(a, b *exposition.Fault) int { return cmp.Compare(a.Line, b.Line) })
+	var errs []error
+	for _, f := range wrong {
+		errs = append(errs, all.at(f))
+	}
+	switch len(errs) {
+	case 0:
+		return families, nil
+	case 1:
+		return nil, errs[0]
+	}
+	return nil, fmt.Errorf("%d faults\n%w", len(errs), errors.Join(errs...))
 }
 
-// at gives a fault in all sources, one after the other, the name and line of its own.
+// at gives a fault in all sources, one after the other, the name and lines of its own.
 func (all sources) at(f *exposition.Fault) error {
 	if f.Line == 0 {
 		return f
 	}
-	line := f.Line
-	for _, s := range all {
-		if line <= s.lines {
-			return fmt.Errorf("%s: line %d: %s", s.name, line, f.Text)
+	name, line := all.line(f.Line)
+	text := fmt.Sprintf("%s: line %d: %s", name, line, f.Text)
+	if f.First != 0 {
+		first, line := all.line(f.First)
+		if first != name {
+			return fmt.Errorf("%s, first in line %d of %s", text, line, first)
 		}
-		line -= s.lines
+		return fmt.Errorf("%s, first in line %d", text, line)
 	}
-	return f
+	return errors.New(text)
+}
+
+// line returns which source a line is in, and its number there.
+func (all sources) line(number int) (source string, line int) {
+	for _, s := range all {
+		if number <= s.lines {
+			return s.name, number
+		}
+		number -= s.lines
+	}
+	return all[len(all)-1].name, number // Behind the last one: an end that is missing.
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"os"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -49,7 +48,7 @@ func (r *recordCommand) run(in *invocation) (int, error) {
 	failed := 0
 	tell := warner(in, "record "+r.unit)
 	for _, err := range append(in.unknown, forgiven...) {
-		tell(fmt.Errorf("%w; ignored", err))
+		tell(err)
 	}
 	j, closeJob := r.settings.job(func(err error) {
 		tell(err)

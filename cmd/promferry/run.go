@@ -54,14 +54,14 @@ func (r *runCommand) sets() ([]any, []anySetting) {
 }
 
 func (r *runCommand) run(in *invocation) (int, error) {
-	forgiven := append(append(r.own.Timeout.forgive(), r.own.KillAfter.forgive()...), r.settings.forgive()...)
+	forgiven := append(forgive(r.own.Timeout, r.own.KillAfter), r.settings.forgive()...)
 	errs := append(append(r.own.Timeout.check(), r.own.KillAfter.check()...), r.settings.push.check()...)
 	if err := faults(append(errs, r.settings.group.check()...)); err != nil {
 		return exitNotRun, fmt.Errorf("nothing was run: %w", err)
 	}
 	warn := warner(in, "run "+r.settings.group.Job.value)
 	for _, err := range append(in.unknown, forgiven...) {
-		warn(fmt.Errorf("%w; ignored", err))
+		warn(err)
 	}
 	job, closeJob := r.settings.job(warn)
 	defer closeJob()
