@@ -51,6 +51,10 @@ func (u *Unit) Record(ctx context.Context) {
 	if err != nil {
 		u.Warn(fmt.Errorf("%w; start, duration, CPU time and memory are left out", err))
 	}
+	if stop := shown.timespan("TimeoutStopUSec"); stop > 0 {
+		// After that systemd would call the unit failed, for what is our fault.
+		u.PushTimeout = min(u.PushTimeout, stop/2)
+	}
 	shown.fill(&r, u.ExitCode != "")
 	u.report(ctx, r.End, nil, completed(r, u.count(ctx, r.Outcome)))
 }
@@ -63,14 +67,32 @@ func unitStatus(code, status string) int {
 		}
 	}
 	if code == "killed" || code == "dumped" {
-		if sig := unix.SignalNum("SIG" + status); sig != 0 {
-			return statusSignal + int(sig)
-		}
-		if n, err := strconv.Atoi(status); err == nil { // A real-time signal, in some versions.
-			return statusSignal + n
+		if sig := signalNumber(status); sig != 0 {
+			return statusSignal + sig
 		}
 	}
 	return statusNotRun
+}
+
+// The first and the last real-time signal for programs, as glibc has them: systemd names
+// the others by their distance from one of these.
+const sigRTMin, sigRTMax = 34, 64
+
+// signalNumber returns the number of a signal as systemd names it, without SIG, or 0.
+func signalNumber(name string) int {
+	base, rest := 0, ""
+	if after, ok := strings.CutPrefix(name, "RTMIN"); ok {
+		base, rest = sigRTMin, after
+	} else if after, ok := strings.CutPrefix(name, "RTMAX"); ok {
+		base, rest = sigRTMax, after
+	} else {
+		return int(unix.SignalNum("SIG" + name))
+	}
+	n, err := strconv.Atoi(rest) // +3, -1, or nothing
+	if err != nil && rest != "" {
+		return 0
+	}
+	return base + n
 }
 
 // properties are what systemd tells of a unit.
@@ -86,7 +108,7 @@ func show(ctx context.Context, unit string) (properties, error) {
 	args := []string{
 		"show", "--property=ExecMainStartTimestamp,ExecMainStartTimestampMonotonic," +
 			"ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,InactiveExitTimestamp,InactiveExitTimestampMonotonic," +
-			"CPUUsageNSec,MemoryPeak",
+			"CPUUsageNSec,MemoryPeak,TimeoutStopUSec",
 	}
 	out, err := systemctl(ctx, append(args, "--timestamp=us+utc", "--", unit))
 	if err != nil {
@@ -105,7 +127,11 @@ func show(ctx context.Context, unit string) (properties, error) {
 }
 
 func systemctl(ctx context.Context, args []string) (string, error) {
-	cmd := exec.CommandContext(ctx, "systemctl", args...) //nolint:gosec // The unit comes from systemd, behind a --.
+	path, err := exec.LookPath("systemctl")
+	if err != nil { // The PATH is the unit's.
+		path = "/usr/bin/systemctl"
+	}
+	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // The unit comes from systemd, behind a --.
 	cmd.Env = append(cmd.Environ(), "TZ=UTC", "LC_ALL=C")
 	out, err := cmd.Output()
 	if ee, ok := errors.AsType[*exec.ExitError](err); ok && len(ee.Stderr) > 0 {
@@ -114,19 +140,20 @@ func systemctl(ctx context.Context, args []string) (string, error) {
 	return string(out), err
 }
 
-// fill completes r with what is known. A main process that was not started has no times of
-// its own: those of the unit's start stand for them.
+// fill completes r with what is known. The run began when the unit was started or its main
+// process was, whichever came first: the main process of a unit with several ExecStart= is
+// that of the last one.
 func (p properties) fill(r *Result, mainStarted bool) {
 	from := "InactiveExitTimestamp"
-	if mainStarted && p.monotonic("ExecMainStartTimestamp") > 0 {
+	main := p.monotonic("ExecMainStartTimestamp")
+	if unit := p.monotonic(from); mainStarted && main > 0 && (main < unit || unit == 0) {
 		from = "ExecMainStartTimestamp"
 	}
-	begin := p.monotonic(from)
-	end := p.monotonic("ExecMainExitTimestamp")
-	if t := p.time("ExecMainExitTimestamp"); from == "ExecMainStartTimestamp" && end >= begin && !t.IsZero() {
-		r.End = t
-	} else {
-		end = monotonicNow()
+	begin, end := p.monotonic(from), monotonicNow()
+	if exit := p.monotonic("ExecMainExitTimestamp"); mainStarted && exit >= begin {
+		if t := p.time("ExecMainExitTimestamp"); !t.IsZero() {
+			r.End, end = t, exit
+		}
 	}
 	if t := p.time(from); begin > 0 && end >= begin && !t.IsZero() {
 		r.Start, r.Duration = t, end-begin
@@ -144,6 +171,28 @@ func (p properties) fill(r *Result, mainStarted bool) {
 func (p properties) number(name string) (int64, bool) {
 	n, err := strconv.ParseInt(p[name], 10, 64)
 	return n, err == nil && n >= 0
+}
+
+// units are those in which systemd writes a timespan, see systemd.time(7).
+var units = map[string]time.Duration{
+	"us": time.Microsecond, "ms": time.Millisecond, "s": time.Second, "min": time.Minute, "h": time.Hour,
+	"d": 24 * time.Hour, "w": 7 * 24 * time.Hour,
+}
+
+// timespan returns a property such as 1min 30s, or 0 for one without end or of more than
+// weeks.
+func (p properties) timespan(name string) time.Duration {
+	var sum time.Duration
+	for _, field := range strings.Fields(p[name]) {
+		number := strings.TrimRight(field, "abcdefghijklmnopqrstuvwxyz")
+		unit, ok := units[field[len(number):]]
+		n, err := strconv.ParseFloat(number, 64)
+		if !ok || err != nil {
+			return 0
+		}
+		sum += time.Duration(n * float64(unit))
+	}
+	return sum
 }
 
 // monotonic returns a time on the clock that nobody sets.
