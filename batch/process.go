@@ -48,6 +48,10 @@ func (p *process) run() (Result, error) {
 	if terminal != nil {
 		defer func() { _ = terminal.Close() }()
 	}
+	if terminal != nil && p.timeout > 0 {
+		// So that children whose parent has ended are still found at the timeout.
+		_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+	}
 	begin := time.Now()
 	cmd, err := p.start(terminal == nil)
 	if err != nil {
@@ -61,10 +65,6 @@ func (p *process) run() (Result, error) {
 		p.onStart(cmd.Process.Pid, begin)
 	}
 	g := &group{leader: cmd.Process.Pid, terminal: terminal}
-	if terminal != nil && p.timeout > 0 {
-		// So that children whose parent has ended are still found at the timeout.
-		_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-	}
 	timedOut := p.wait(cmd, g, signals)
 	end := time.Now()
 	r := Result{Start: begin, End: end, Duration: end.Sub(begin), Outcome: Success, Status: exitStatus(cmd.ProcessState)}

@@ -183,7 +183,7 @@ var units = map[string]time.Duration{
 // weeks.
 func (p properties) timespan(name string) time.Duration {
 	var sum time.Duration
-	for _, field := range strings.Fields(p[name]) {
+	for field := range strings.FieldsSeq(p[name]) {
 		number := strings.TrimRight(field, "abcdefghijklmnopqrstuvwxyz")
 		unit, ok := units[field[len(number):]]
 		n, err := strconv.ParseFloat(number, 64)

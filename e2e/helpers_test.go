@@ -6,7 +6,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/http"
@@ -18,8 +20,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/gzip"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+	"golang.org/x/sys/unix"
 
 	"github.com/promferry/promferry/e2e/real"
 )
@@ -403,8 +407,8 @@ func expose(contentType, body string) http.HandlerFunc {
 	}
 }
 
-// refusing returns an address where connections are refused until the test ends: it is
-// bound, so that nobody else gets it, and nothing listens.
+// refusing returns an address where connections are refused until the test ends or listens
+// there itself: it is bound, so that nobody else gets it, and nothing listens.
 func refusing(t *testing.T) string {
 	t.Helper()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
@@ -412,6 +416,9 @@ func refusing(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
+		t.Fatal(err)
+	}
 	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
 		t.Fatal(err)
 	}
@@ -441,4 +448,34 @@ func tail(s string, n int) string {
 		return "..." + s[len(s)-n:]
 	}
 	return s
+}
+
+// listenAt listens at an address that refusing returned before.
+func listenAt(t *testing.T, address string) net.Listener {
+	t.Helper()
+	l, err := (&net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var optErr error
+		err := c.Control(func(fd uintptr) {
+			optErr = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+		})
+		return errors.Join(err, optErr)
+	}}).Listen(t.Context(), "tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func gunzip(t *testing.T, r io.Reader) string {
+	t.Helper()
+	z, err := gzip.NewReader(r)
+	if err != nil {
+		t.Error(err)
+		return ""
+	}
+	b, err := io.ReadAll(z)
+	if err != nil {
+		t.Error(err)
+	}
+	return strings.TrimSpace(string(b))
 }

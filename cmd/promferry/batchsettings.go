@@ -186,11 +186,12 @@ func (s *jobSettings) job(warn func(error)) (batch.Job, func()) {
 	if s.Textfile.isSet() && !s.push.PushUrls.isSet() {
 		s.push.PushUrls.value = nil // Instead of a push.
 	}
-	courier, err := s.push.courier() // An error comes with each push as well.
+	courier, _ := s.push.courier() // An error comes with each push as well.
 	j := batch.Job{
 		Key: s.group.key(), Courier: courier, PushTimeout: time.Duration(s.push.PushTimeout.value), Textfile: s.Textfile.value, Warn: warn,
 	}
 	dir := s.push.StateDir.value
+	var err error
 	courier.Outbox, err = outbox.Open(dir)
 	if err == nil {
 		j.Jobs, err = batch.OpenJobs(dir)
