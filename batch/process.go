@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -33,17 +32,13 @@ type process struct {
 	env                   []string
 	timeout, killAfter    time.Duration
 	stdin, stdout, stderr *os.File
+	signals               <-chan os.Signal
 	// onStart is called when the command has been started.
 	onStart func(pid int, at time.Time)
 }
 
 // run runs the command. The error tells why it could not be run, or what we did to it.
 func (p *process) run() (Result, error) {
-	signals := make(chan os.Signal, 64)
-	for _, sig := range forwarded() {
-		signal.Notify(signals, sig)
-	}
-	defer signal.Stop(signals)
 	terminal := controllingTerminal()
 	if terminal != nil {
 		defer func() { _ = terminal.Close() }()
@@ -65,7 +60,7 @@ func (p *process) run() (Result, error) {
 		p.onStart(cmd.Process.Pid, begin)
 	}
 	g := &group{leader: cmd.Process.Pid, terminal: terminal}
-	timedOut := p.wait(cmd, g, signals)
+	timedOut := p.wait(cmd, g)
 	end := time.Now()
 	r := Result{Start: begin, End: end, Duration: end.Sub(begin), Outcome: Success, Status: exitStatus(cmd.ProcessState)}
 	r.CPU = map[string]time.Duration{"user": cmd.ProcessState.UserTime(), "system": cmd.ProcessState.SystemTime()}
@@ -153,7 +148,7 @@ func exitStatus(state *os.ProcessState) int {
 
 // wait waits for the command to end, forwards signals to it, and ends it when its time is
 // up.
-func (p *process) wait(cmd *exec.Cmd, g *group, signals <-chan os.Signal) (timedOut bool) {
+func (p *process) wait(cmd *exec.Cmd, g *group) (timedOut bool) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -165,7 +160,7 @@ func (p *process) wait(cmd *exec.Cmd, g *group, signals <-chan os.Signal) (timed
 	}
 	for {
 		select {
-		case sig := <-signals:
+		case sig := <-p.signals:
 			if s, ok := sig.(syscall.Signal); ok && !g.hasFromTerminal(s) {
 				_ = cmd.Process.Signal(s) // Should it just have ended, nobody is there to hear.
 			}
@@ -184,27 +179,6 @@ func (p *process) wait(cmd *exec.Cmd, g *group, signals <-chan os.Signal) (timed
 			return timedOut
 		}
 	}
-}
-
-// forwarded returns the signals that are passed on: all that can be caught, less those that
-// were ignored when we were started, as by nohup(1), so that they are for the command too;
-// that tell of our own children, memory and scheduling; and that stop for job control,
-// which a terminal sends to the whole group. SIGPIPE is caught so that a closed stderr
-// does not end us; SIGCONT needs no passing on where it was the group's.
-func forwarded() []os.Signal {
-	var signals []os.Signal
-	for number := 1; number <= 64; number++ { // SIGRTMAX
-		switch sig := syscall.Signal(number); sig {
-		case syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGCHLD, syscall.SIGURG, syscall.SIGPROF,
-			syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGSYS,
-			syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU, syscall.Signal(32), syscall.Signal(33):
-		default:
-			if !signal.Ignored(sig) {
-				signals = append(signals, sig)
-			}
-		}
-	}
-	return signals
 }
 
 // controllingTerminal opens the terminal that this process belongs to, or returns nil.

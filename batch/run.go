@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -58,6 +57,9 @@ type Run struct {
 	// Args are the command and its arguments, Env its environment.
 	Args, Env             []string
 	Stdin, Stdout, Stderr *os.File
+	// Signals are passed on to the command. Once that has ended, the first that would end a
+	// process ends the pushing: what could not be pushed waits.
+	Signals <-chan os.Signal
 	// Timeout is how long the command may run; 0 means without end. KillAfter is how long
 	// it has to end then before it is killed.
 	Timeout, KillAfter time.Duration
@@ -116,7 +118,7 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 	}
 	p := &process{
 		args: r.Args, env: withVariable(r.Env, MetricsFileVariable, file), timeout: r.Timeout, killAfter: r.KillAfter,
-		stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr,
+		stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, signals: r.Signals,
 		onStart: func(pid int, at time.Time) {
 			if lock != nil {
 				if err := lock.Guard(pid); err != nil {
@@ -131,13 +133,35 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 		r.Warn(fmt.Errorf("%s: %w", r.Args[0], err))
 	}
 
-	// The command has ended: a signal now ends the pushing, and nothing is lost.
-	ctx, stop := signal.NotifyContext(ctx, unignored(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)...)
+	ctx, stop := r.untilSignal(ctx)
 	defer stop()
 	defer context.AfterFunc(ctx, stopStart)()
 	families := completed(result, r.count(ctx, result.Outcome))
 	r.report(ctx, result.End, &starting, r.ownMetrics(ctx, file), families)
 	return result.Status
+}
+
+// untilSignal returns a context that ends with the first signal to end.
+func (r *Run) untilSignal(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for {
+			select {
+			case sig := <-r.Signals:
+				switch sig {
+				case syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT:
+					cancel()
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return ctx, func() {
+		cancel()
+		watching.Wait()
+	}
 }
 
 // startPush returns what adds that the command runs. What waits for the group is noted
@@ -305,9 +329,4 @@ func withVariable(env []string, name, value string) []string {
 		env = append(env, name+"="+value)
 	}
 	return env
-}
-
-// unignored returns those of signals that were not ignored when this process was started.
-func unignored(signals ...os.Signal) []os.Signal {
-	return slices.DeleteFunc(signals, signal.Ignored)
 }

@@ -74,6 +74,7 @@ func TestScripts(t *testing.T) {
 			env.Defer(refusing.Close)
 			closed := httptest.NewServer(nil)
 			closed.Close()
+			env.Setenv("GORACE", "atexit_sleep_ms=0") // A second, else, at each end of a process.
 			env.Setenv("EXPORTER", exporter.URL)
 			env.Setenv("GATEWAY", gateway.URL)
 			env.Setenv("HANGING", hanging.URL)

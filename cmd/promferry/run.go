@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -68,11 +70,35 @@ func (r *runCommand) run(in *invocation) (int, error) {
 	if r.noOverlap && job.Jobs == nil {
 		warn(errors.New("without a state directory nothing keeps a second run from overlapping with this one"))
 	}
+	signals := make(chan os.Signal, 64)
+	for _, sig := range forwarded() {
+		signal.Notify(signals, sig) // To the end of the process: to give them back takes time.
+	}
 	b := &batch.Run{
-		Job: job, Args: r.args, Env: os.Environ(), Stdin: in.stdin, Stdout: in.stdout, Stderr: in.stderr,
+		Job: job, Args: r.args, Env: os.Environ(), Stdin: in.stdin, Stdout: in.stdout, Stderr: in.stderr, Signals: signals,
 		Timeout: time.Duration(r.own.Timeout.value), KillAfter: time.Duration(r.own.KillAfter.value),
 		NoOverlap: r.noOverlap, StartPush: !r.noStartPush,
 	}
-	// Signals are the command's.
 	return b.Run(context.Background()), nil
+}
+
+// forwarded returns the signals that are passed on: all that can be caught, less those that
+// were ignored when we were started, as by nohup(1), so that they are for the command too;
+// that tell of our own children, memory and scheduling; and that stop for job control,
+// which a terminal sends to the whole group. SIGPIPE is caught so that a closed stderr
+// does not end us; SIGCONT needs no passing on where it was the group's.
+func forwarded() []os.Signal {
+	var signals []os.Signal
+	for number := 1; number <= 64; number++ { // SIGRTMAX
+		switch sig := syscall.Signal(number); sig {
+		case syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGCHLD, syscall.SIGURG, syscall.SIGPROF,
+			syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGSYS,
+			syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU, syscall.Signal(32), syscall.Signal(33):
+		default:
+			if !signal.Ignored(sig) {
+				signals = append(signals, sig)
+			}
+		}
+	}
+	return signals
 }
