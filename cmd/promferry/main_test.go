@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/alecthomas/kingpin/v2"
 	"github.com/klauspost/compress/gzip"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rogpeppe/go-internal/testscript"
@@ -207,12 +208,12 @@ func TestNotify(t *testing.T) {
 	}
 }
 
+type textSetting = *setting[string]
+
 // TestConfigurationPage checks docs/configuration.md against the settings. With
 // WRITE_DOCS=1 it writes the page.
 func TestConfigurationPage(t *testing.T) {
 	t.Setenv("STATE_DIRECTORY", "")
-	s := newAgentSettings()
-	s.Instance.value = "the host name"
 	var b strings.Builder
 	b.WriteString(`# Configuration
 
@@ -220,23 +221,38 @@ func TestConfigurationPage(t *testing.T) {
 
 Each setting is a flag and an environment variable; the flag wins. A flag that may be
 repeated has a variable in the plural, with a comma between two values (a comma within a
-URL is written %2C). A variable that is set but empty counts as not set; one that begins
-with PROMFERRY_ and is none of these is refused. Times are written 500ms, 15s, 1m30s;
-sizes 512KiB, 64MiB.
+URL is written %2C). A variable that is set but empty counts as not set. Times are written
+500ms, 15s, 1m30s; sizes 512KiB, 64MiB.
 
-The files that settings name are read again on SIGHUP and on a POST to /-/reload; flags
-and variables need a restart. A bad file changes nothing, and says so in the log and in
-promferry_agent_last_reload_successful.
+The agent refuses a variable that begins with PROMFERRY_ and is none of these, and whatever
+is wrong. The commands that run in a job, or for one, only tell of a wrong or unknown
+variable and go on without it; a wrong flag they refuse.
 
-## promferry agent
-
-| flag | variable | default | what it says |
-| --- | --- | --- | --- |
+The files that settings of the agent name are read again on SIGHUP and on a POST to
+/-/reload; flags and variables need a restart. A bad file changes nothing, and says so in
+the log and in promferry_agent_last_reload_successful.
 `)
-	for _, setting := range s.all() {
-		b.WriteString(setting.row())
+	flags := map[string]string{
+		"agent": "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
+		"run":   "| `--no-overlap` | | | " + noOverlapHelp + " |\n| `--no-start-push` | | | " + noStartPushHelp + " |\n",
+		"push":  "| `--add` | | | " + addHelp + " |\n",
+		"flush": "| `--list` | | | " + listHelp + " |\n",
 	}
-	b.WriteString("| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n")
+	commands, _ := newCommands(kingpin.New("promferry", ""))
+	for _, c := range commands {
+		_, settings := c.sets()
+		fmt.Fprintf(&b, "\n## promferry %s\n\n| flag | variable | default | what it says |\n| --- | --- | --- | --- |\n", c.name())
+		for _, setting := range settings {
+			// These defaults depend on where they are looked at.
+			if s, ok := setting.(textSetting); ok && s.flag == "instance" {
+				s.value = "the host name"
+			} else if ok && s.flag == "state.dir" && c.name() != "agent" {
+				s.value = defaultStateDir + " for root, else $XDG_STATE_HOME/promferry"
+			}
+			b.WriteString(setting.row())
+		}
+		b.WriteString(flags[c.name()])
+	}
 	path := filepath.Join("..", "..", "docs", "configuration.md")
 	if os.Getenv("WRITE_DOCS") != "" {
 		if err := os.WriteFile(path, []byte(b.String()), 0o600); err != nil {

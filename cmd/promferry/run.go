@@ -52,7 +52,7 @@ func newRunCommand(app *kingpin.Application) *runCommand {
 func (*runCommand) name() string { return "run" }
 
 func (r *runCommand) sets() ([]any, []anySetting) {
-	return []any{r.own, r.settings, r.settings.push, r.settings.group}, append([]anySetting{r.own.Timeout, r.own.KillAfter}, r.settings.all()...)
+	return []any{r.own, r.settings, r.settings.push, r.settings.group}, append(r.settings.all(), r.own.Timeout, r.own.KillAfter)
 }
 
 func (r *runCommand) run(in *invocation) (int, error) {
