@@ -50,19 +50,23 @@ func Explain(text []byte, l LeftOut) *Fault {
 		what = fmt.Sprintf("%s: %d series, %s", l.Family, l.Series, phrases[l.Reason])
 	}
 	seen := make(map[string]int)
-	number := 0
+	number, types := 0, 0
 	quoted := []byte(strconv.Quote(l.Family))
 	for line := range bytes.Lines(text) {
 		number++
 		if l.Reason == ReasonName && bytes.Contains(line, quoted) {
 			return &Fault{Line: number, Text: what}
 		}
-		if name := sampleName(line); name == "" {
-			if keyword, name, _ := header(line); keyword != "" && name == l.Family && l.Series == 0 {
+		name := sampleName(line)
+		if keyword, of, _ := header(line); keyword != "" && of == l.Family {
+			if keyword == "TYPE" {
+				types++
+			}
+			if l.Series == 0 || l.Reason == ReasonClash && types == 2 {
 				return &Fault{Line: number, Text: what}
 			}
-			continue
-		} else if !isSeriesOf(name, l.Family) {
+		}
+		if !isSeriesOf(name, l.Family) || l.Reason == ReasonClash && l.Series > 0 {
 			continue
 		}
 		switch l.Reason {

@@ -99,3 +99,60 @@ func TestErrorNamesThePath(t *testing.T) {
 		t.Errorf("got %v, want an error that names %s", err, path)
 	}
 }
+
+// TestGuardedProcessHoldsTheLock has a holder that is gone and left a process behind.
+func TestGuardedProcessHoldsTheLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "job.lock")
+	child := exec.CommandContext(t.Context(), "sleep", "1000")
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := lockfile.Acquire(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Guard(child.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Release(); err != nil {
+		t.Fatal(err)
+	}
+	write := func(content []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	acquire := func() error {
+		l, err := lockfile.Acquire(path)
+		if err == nil {
+			_ = l.Release()
+		}
+		return err
+	}
+	if err := acquire(); err != nil {
+		t.Errorf("released: %v", err)
+	}
+	write(left) // As a holder leaves it that was killed.
+	held, ok := errors.AsType[*lockfile.HeldError](acquire())
+	if !ok || held.PID != child.Process.Pid {
+		t.Errorf("got %+v, want it held by PID %d", held, child.Process.Pid)
+	}
+	// The PID alone does not count: another process may have it by now.
+	write(fmt.Appendf(nil, "1\n%d 1\n", child.Process.Pid))
+	if err := acquire(); err != nil {
+		t.Errorf("another process with this PID: %v", err)
+	}
+	write(left)
+	if err := child.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = child.Wait()
+	if err := acquire(); err != nil {
+		t.Errorf("the process has ended: %v", err)
+	}
+}

@@ -41,11 +41,11 @@ func server(t *testing.T, handle http.HandlerFunc) string {
 	return s.URL
 }
 
-func TestPutAndDelete(t *testing.T) {
+func TestPutAddAndDelete(t *testing.T) {
 	var got []string
 	base := server(t, func(w http.ResponseWriter, r *http.Request) {
 		line := r.Method + " " + r.URL.RequestURI() + " " + r.Header.Get("Content-Type") + " " + r.Header.Get("Content-Encoding")
-		if r.Method == http.MethodPut {
+		if r.Method != http.MethodDelete {
 			gz, err := gzip.NewReader(r.Body)
 			if err != nil {
 				t.Error(err)
@@ -68,11 +68,15 @@ func TestPutAndDelete(t *testing.T) {
 	if err := c.Put(t.Context(), key, pushgw.Body{ContentType: "text/plain", Gzipped: []byte(b.String())}); err != nil {
 		t.Fatal(err)
 	}
+	if err := c.Add(t.Context(), key, pushgw.Body{ContentType: "text/plain", Gzipped: []byte(b.String())}); err != nil {
+		t.Fatal(err)
+	}
 	if err := c.Delete(t.Context(), key); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
 		"PUT /prefix/metrics/job/node/instance/web-1?token=canary text/plain gzip up 1",
+		"POST /prefix/metrics/job/node/instance/web-1?token=canary text/plain gzip up 1",
 		"DELETE /prefix/metrics/job/node/instance/web-1?token=canary  ",
 	}
 	if !slices.Equal(got, want) {
@@ -206,5 +210,15 @@ func TestInvalidKeyIsNotSent(t *testing.T) {
 	base := server(t, func(http.ResponseWriter, *http.Request) { t.Error("it was sent") })
 	if err := client(t, base).Put(t.Context(), pushgw.GroupingKey{Job: "j", Labels: map[string]string{"l": "\xff"}}, pushgw.Body{}); err == nil {
 		t.Error("no error")
+	}
+}
+
+func TestFinal(t *testing.T) {
+	for code, want := range map[int]bool{
+		301: false, 400: true, 401: false, 403: false, 404: false, 408: false, 413: true, 415: true, 422: true, 429: false, 500: false, 503: false,
+	} {
+		if got := (&pushgw.StatusError{Code: code}).Final(); got != want {
+			t.Errorf("%d: %v", code, got)
+		}
 	}
 }
