@@ -26,6 +26,9 @@ mkdir "$dir"/{up,work,root}
 root=$dir/root
 mount -t overlay overlay -o "lowerdir=/,upperdir=$dir/up,workdir=$dir/work" "$root"
 
+# A promferry that is installed on this machine is none of the box's.
+rm -rf "$root"/var/lib/promferry-* "$root"/var/lib/private/promferry-*
+
 mount -t proc proc "$root/proc"
 for d in kernel vm fs; do
   mount --bind "$root/proc/sys/$d" "$root/proc/sys/$d"
