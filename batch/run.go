@@ -94,7 +94,7 @@ func (r *Run) skipped(ctx context.Context, held *lockfile.HeldError) {
 	} else {
 		r.Warn(fmt.Errorf("skipped: another run is going on, PID %d", held.PID))
 	}
-	r.report(ctx, time.Now(), nil, runs(r.count(ctx, Skipped)))
+	r.report(ctx, time.Now(), new(beginning), runs(r.count(ctx, Skipped)))
 }
 
 func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
@@ -109,13 +109,9 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 		file = filepath.Join(dir, "metrics.prom")
 	}
 
-	start := func(time.Time) {}
-	var starting sync.WaitGroup
+	var begin beginning
 	startCtx, stopStart := context.WithCancel(ctx)
 	defer stopStart()
-	if r.StartPush {
-		start = func(at time.Time) { starting.Go(r.startPush(startCtx, at)) }
-	}
 	p := &process{
 		args: r.Args, env: withVariable(r.Env, MetricsFileVariable, file), timeout: r.Timeout, killAfter: r.KillAfter,
 		stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, signals: r.Signals,
@@ -125,7 +121,9 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 					r.Warn(err)
 				}
 			}
-			start(at)
+			if r.StartPush {
+				r.startPush(startCtx, at, &begin)
+			}
 		},
 	}
 	result, err := p.run()
@@ -137,8 +135,15 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 	defer stop()
 	defer context.AfterFunc(ctx, stopStart)()
 	families := completed(result, r.count(ctx, result.Outcome))
-	r.report(ctx, result.End, &starting, r.ownMetrics(ctx, file), families)
+	r.report(ctx, result.End, &begin, r.ownMetrics(ctx, file), families)
 	return result.Status
+}
+
+// beginning is the push that a command runs, while it is going on. The zero value is one
+// that there is not.
+type beginning struct {
+	// noted is done when what waited before the run is known, and pushed when all is done.
+	noted, pushed sync.WaitGroup
 }
 
 // untilSignal returns a context that ends with the first signal to end.
@@ -164,25 +169,34 @@ func (r *Run) untilSignal(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// startPush returns what adds that the command runs. What waits for the group is noted
-// here and now, so that nothing of this run's end can get before it.
-func (r *Run) startPush(ctx context.Context, at time.Time) func() {
-	families := started(at)
-	if r.Textfile != "" {
-		if err := writeTextfile(ctx, r.Textfile, r.Key, families); err != nil {
+// startPush adds that the command runs, beside it. What waits for the group is noted first,
+// so that nothing of this run's end can get before it.
+func (r *Run) startPush(ctx context.Context, at time.Time, begin *beginning) {
+	begin.noted.Add(1)
+	begin.pushed.Go(func() {
+		families := started(at)
+		r.writeTextfile(ctx, families)
+		push, err := r.add(at, families)
+		if err != nil {
 			r.Warn(err)
+			begin.noted.Done()
+			return
 		}
-	}
-	push, err := r.add(at, families)
-	if err != nil {
-		r.Warn(err)
-		return func() {}
-	}
-	parcel := r.Courier.Once(ctx, push)
-	return func() {
+		parcel := r.Courier.Once(ctx, push)
+		begin.noted.Done()
 		ctx, cancel := context.WithTimeout(ctx, r.PushTimeout)
 		defer cancel()
 		_ = parcel.Deliver(ctx) // Of this one nobody has to know; the end is what counts.
+	})
+}
+
+// writeTextfile writes families to the textfile, if there is to be one.
+func (j *Job) writeTextfile(ctx context.Context, families []*dto.MetricFamily) {
+	if j.Textfile == "" {
+		return
+	}
+	if err := writeTextfile(ctx, j.Textfile, j.Key, families); err != nil {
+		j.Warn(err)
 	}
 }
 
@@ -191,7 +205,8 @@ func (j *Job) count(ctx context.Context, outcome Outcome) map[Outcome]uint64 {
 	if j.Jobs == nil {
 		return nil
 	}
-	counts, err := j.Jobs.Count(ctx, j.Key, outcome)
+	// Whatever ends the delivery, the run is counted.
+	counts, err := j.Jobs.Count(context.WithoutCancel(ctx), j.Key, outcome)
 	if err != nil {
 		j.Warn(err)
 	}
@@ -199,9 +214,9 @@ func (j *Job) count(ctx context.Context, outcome Outcome) map[Outcome]uint64 {
 }
 
 // report pushes sets of families, in their order, each on its own so that what is wrong
-// with one costs the others nothing, and writes them to the textfile. It waits for what
-// is started before it delivers.
-func (j *Job) report(ctx context.Context, at time.Time, starting *sync.WaitGroup, sets ...[]*dto.MetricFamily) {
+// with one costs the others nothing, and writes them to the textfile. The run's beginning,
+// if there is one, goes before.
+func (j *Job) report(ctx context.Context, at time.Time, begin *beginning, sets ...[]*dto.MetricFamily) {
 	var pushes []Push
 	for _, families := range sets {
 		if len(families) == 0 {
@@ -214,24 +229,19 @@ func (j *Job) report(ctx context.Context, at time.Time, starting *sync.WaitGroup
 		}
 		pushes = append(pushes, push)
 	}
+	begin.noted.Wait()
 	// Not with ctx: whatever ends the delivery, they are kept.
 	parcel, err := j.Courier.Keep(context.WithoutCancel(ctx), pushes...)
 	if err != nil {
 		j.Warn(fmt.Errorf("%w; the push is tried once, and what waited before is untouched", err))
 	}
-	if j.Textfile != "" {
-		if err := writeTextfile(ctx, j.Textfile, j.Key, slices.Concat(sets...)); err != nil {
-			j.Warn(err)
-		}
-	}
+	j.writeTextfile(ctx, slices.Concat(sets...))
 	if len(pushes) == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
 	defer cancel()
-	if starting != nil {
-		starting.Wait() // Its own time began before ours.
-	}
+	begin.pushed.Wait() // Its own time began before ours.
 	undelivered := parcel.Deliver(ctx)
 	for _, err := range undelivered {
 		j.Warn(err)
@@ -282,6 +292,9 @@ func (r *Run) checkOwn(ctx context.Context, b []byte, err error) ([]*dto.MetricF
 	if err != nil {
 		return nil, nil, err
 	}
+	// A signal now ends the pushing, but not this.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.PushTimeout)
+	defer cancel()
 	families, left, err := exposition.Read(ctx, withNewline(b), "")
 	if errors.Is(err, exposition.ErrEmpty) {
 		return nil, nil, nil

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
@@ -24,13 +25,15 @@ import (
 // does with a group: the families replace those of the same names, and the others stay.
 // The series have the grouping labels but instance, which is the node's.
 func writeTextfile(ctx context.Context, dir string, key pushgw.GroupingKey, families []*dto.MetricFamily) error {
-	// Two runs at the same time must not lose what the other one writes.
+	// A signal ends the pushing, but not this.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), textfilePatience)
+	defer cancel()
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = d.Close() }()
-	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX); err != nil {
+	if err := lockDir(ctx, d); err != nil {
 		return fmt.Errorf("lock %s: %w", dir, err)
 	}
 	path := filepath.Join(dir, "promferry-"+fileName(key)+".prom")
@@ -56,6 +59,25 @@ func writeTextfile(ctx context.Context, dir string, key pushgw.GroupingKey, fami
 	return os.Rename(temp.Name(), path)
 }
 
+// textfilePatience is how long it may take to write a textfile.
+const textfilePatience = 5 * time.Second
+
+// lockDir waits for the lock of the textfile directory: two runs at the same time must not
+// lose what the other one writes.
+func lockDir(ctx context.Context, d *os.File) error {
+	for {
+		err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) {
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return errors.New("held by another process")
+		}
+	}
+}
+
 // readTextfile returns the families of a textfile, none where there is no file. One that
 // is damaged is written anew.
 func readTextfile(ctx context.Context, path string) ([]*dto.MetricFamily, error) {
@@ -72,8 +94,8 @@ func readTextfile(ctx context.Context, path string) ([]*dto.MetricFamily, error)
 		return nil, err
 	}
 	families, _, err := exposition.Read(ctx, b, "")
-	if err != nil {
-		return nil, nil //nolint:nilerr // As the comment says.
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
 	return families, nil
 }

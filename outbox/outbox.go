@@ -150,7 +150,7 @@ func (o *Outbox) Add(ctx context.Context, e *Entry) error {
 
 // place gives the file called temp its number and its name.
 func (o *Outbox) place(ctx context.Context, temp string, n name) (uint64, error) {
-	lock, err := o.dir.Lock(ctx, lockName, 0)
+	lock, err := o.lockNumbers(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -193,6 +193,16 @@ func (o *Outbox) next(lock *os.File) (uint64, error) {
 		return 0, err
 	}
 	return last + 1, nil
+}
+
+// numberPatience is how long the lock for numbers is waited for. It is held for as long as
+// a directory takes to be read; a process that was stopped in there must stop nobody else.
+const numberPatience = 5 * time.Second
+
+func (o *Outbox) lockNumbers(ctx context.Context) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, numberPatience)
+	defer cancel()
+	return o.dir.Lock(ctx, lockName, 0)
 }
 
 // lockGroup takes the lock of a group, so that one process at a time delivers it. Place 0
@@ -251,7 +261,7 @@ func (o *Outbox) WaitingFor(ctx context.Context, g Group) (Waiting, error) {
 // snapshot returns all that waits at one time, in order. Without the lock an entry could be
 // missing that is older than another one of its group.
 func (o *Outbox) snapshot(ctx context.Context) ([]name, error) {
-	lock, err := o.dir.Lock(ctx, lockName, 0)
+	lock, err := o.lockNumbers(ctx)
 	if err != nil {
 		return nil, err
 	}
