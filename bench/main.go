@@ -2,7 +2,8 @@
 
 // Command bench measures the figures that the README claims, as ratios against real
 // programs in one run. It judges nothing: machines differ. Servers run on one core, what
-// is measured on another; rounds alternate; medians are printed.
+// is measured on another; rounds alternate; medians are printed. The arguments name the
+// parts to measure, out of forward, batch, add, open and deliver; without any it is all of them.
 package main
 
 import (
@@ -30,13 +31,13 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx); err != nil {
+	if err := run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context) error {
+func run(ctx context.Context, only []string) error {
 	if runtime.NumCPU() < 2 {
 		return fmt.Errorf("two cores are needed, this machine has %d", runtime.NumCPU())
 	}
@@ -52,6 +53,24 @@ func run(ctx context.Context) error {
 	if err := pin(ctx, os.Getpid(), serverCore); err != nil {
 		return err
 	}
+	fmt.Printf("%s, %d cores, %s/%s\n\n", runtime.Version(), runtime.NumCPU(), runtime.GOOS, runtime.GOARCH)
+	parts := []struct {
+		name    string
+		measure func(ctx context.Context, promferry string) error
+	}{{"forward", forward}, {"batch", batchRun}, {"add", outboxAdds}, {"open", outboxOpens}, {"deliver", outboxDelivers}}
+	for _, p := range parts {
+		if len(only) > 0 && !slices.Contains(only, p.name) {
+			continue
+		}
+		if err := p.measure(ctx, promferry); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+	}
+	return nil
+}
+
+// forward measures what the agent costs.
+func forward(ctx context.Context, promferry string) error {
 	exporter, err := real.NodeExporter(ctx, "")
 	if err != nil {
 		return err
@@ -67,8 +86,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("%s, %d cores, %s/%s; %d rounds of %d forwards; the exposition has %d bytes as text\n\n",
-		runtime.Version(), runtime.NumCPU(), runtime.GOOS, runtime.GOARCH, rounds, forwards, len(text))
+	fmt.Printf("The agent; %d rounds of %d forwards; the exposition has %d bytes as text\n\n", rounds, forwards, len(text))
 	if err := cpu(ctx, promferry, exporter.URL+"/metrics", gateway.URL); err != nil {
 		return fmt.Errorf("CPU: %w", err)
 	}
@@ -78,6 +96,7 @@ func run(ctx context.Context) error {
 	if err := memory(ctx, promferry, gateway.URL); err != nil {
 		return fmt.Errorf("memory: %w", err)
 	}
+	fmt.Println()
 	return nil
 }
 
