@@ -46,19 +46,24 @@ type countFile struct {
 }
 
 // countPatience is how long Count waits for another process, which keeps the lock for as
-// long as a small file takes to be written.
+// long as some small files take to be written.
 const countPatience = 5 * time.Second
 
-// Count counts a run, and returns how many there were by outcome. A file that cannot be
-// read as one is begun anew, with an error beside the counts.
-func (j *Jobs) Count(ctx context.Context, key pushgw.GroupingKey, outcome Outcome) (map[Outcome]uint64, error) {
+// Count counts a run, and returns how many there were by outcome. No other process counts
+// until release is called, so that counts can be pushed in their order. A file that cannot
+// be read as one is begun anew, with an error beside the counts.
+func (j *Jobs) Count(ctx context.Context, key pushgw.GroupingKey, outcome Outcome) (counts map[Outcome]uint64, release func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, countPatience)
 	defer cancel()
 	lock, err := j.dir.Lock(ctx, "lock", 0)
 	if err != nil {
-		return nil, err
+		return nil, func() {}, err
 	}
-	defer func() { _ = lock.Close() }()
+	counts, err = j.count(key, outcome)
+	return counts, func() { _ = lock.Close() }, err
+}
+
+func (j *Jobs) count(key pushgw.GroupingKey, outcome Outcome) (map[Outcome]uint64, error) {
 	name := fileName(key) + ".json"
 	file, damage := j.read(name)
 	if file.Runs == nil {

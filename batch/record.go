@@ -37,7 +37,7 @@ func IsOwnUnit(unit string) bool {
 // Record pushes how the unit ended.
 func (u *Unit) Record(ctx context.Context) {
 	if u.ServiceResult == "exec-condition" { // ExecCondition= said that it is not to run.
-		u.report(ctx, time.Now(), new(beginning), runs(u.count(ctx, Skipped)))
+		u.report(ctx, time.Now(), new(beginning), Skipped, skippedSets)
 		return
 	}
 	r := Result{End: time.Now(), Outcome: Failure, Status: unitStatus(u.ExitCode, u.ExitStatus)}
@@ -56,7 +56,9 @@ func (u *Unit) Record(ctx context.Context) {
 		u.PushTimeout = min(u.PushTimeout, stop/2)
 	}
 	shown.fill(&r, u.ExitCode != "")
-	u.report(ctx, r.End, new(beginning), completed(r, u.count(ctx, r.Outcome)))
+	u.report(ctx, r.End, new(beginning), r.Outcome, func(counts map[Outcome]uint64) []familySet {
+		return []familySet{completed(r, counts)}
+	})
 }
 
 // unitStatus returns the exit status in the way of a shell.

@@ -94,7 +94,7 @@ func (r *Run) skipped(ctx context.Context, held *lockfile.HeldError) {
 	} else {
 		r.Warn(fmt.Errorf("skipped: another run is going on, PID %d", held.PID))
 	}
-	r.report(ctx, time.Now(), new(beginning), runs(r.count(ctx, Skipped)))
+	r.report(ctx, time.Now(), new(beginning), Skipped, skippedSets)
 }
 
 func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
@@ -134,8 +134,10 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 	ctx, stop := r.untilSignal(ctx)
 	defer stop()
 	defer context.AfterFunc(ctx, stopStart)()
-	families := completed(result, r.count(ctx, result.Outcome))
-	r.report(ctx, result.End, &begin, r.ownMetrics(ctx, file), families)
+	own := r.ownMetrics(ctx, file)
+	r.report(ctx, result.End, &begin, result.Outcome, func(counts map[Outcome]uint64) []familySet {
+		return []familySet{own, completed(result, counts)}
+	})
 	return result.Status
 }
 
@@ -200,43 +202,32 @@ func (j *Job) writeTextfile(ctx context.Context, families []*dto.MetricFamily) {
 	}
 }
 
-// count counts a run where runs are counted, and returns nil where they are not.
-func (j *Job) count(ctx context.Context, outcome Outcome) map[Outcome]uint64 {
+// count counts a run where runs are counted; where they are not the counts are nil. Release
+// has to be called.
+func (j *Job) count(ctx context.Context, outcome Outcome) (counts map[Outcome]uint64, release func()) {
 	if j.Jobs == nil {
-		return nil
+		return nil, func() {}
 	}
 	// Whatever ends the delivery, the run is counted.
-	counts, err := j.Jobs.Count(context.WithoutCancel(ctx), j.Key, outcome)
+	counts, release, err := j.Jobs.Count(context.WithoutCancel(ctx), j.Key, outcome)
 	if err != nil {
 		j.Warn(err)
 	}
-	return counts
+	return counts, release
 }
 
-// report pushes sets of families, in their order, each on its own so that what is wrong
-// with one costs the others nothing, and writes them to the textfile. The run's beginning,
-// if there is one, goes before.
-func (j *Job) report(ctx context.Context, at time.Time, begin *beginning, sets ...[]*dto.MetricFamily) {
-	var pushes []Push
-	for _, families := range sets {
-		if len(families) == 0 {
-			continue
-		}
-		push, err := j.add(at, families)
-		if err != nil {
-			j.Warn(err)
-			continue
-		}
-		pushes = append(pushes, push)
-	}
-	begin.noted.Wait()
-	// Not with ctx: whatever ends the delivery, they are kept.
-	parcel, err := j.Courier.Keep(context.WithoutCancel(ctx), pushes...)
-	if err != nil {
-		j.Warn(fmt.Errorf("%w; the push is tried once, and what waited before is untouched", err))
-	}
-	j.writeTextfile(ctx, slices.Concat(sets...))
-	if len(pushes) == 0 {
+// familySet is families that are pushed together.
+type familySet []*dto.MetricFamily
+
+// skippedSets returns what is pushed of a run that did not begin.
+func skippedSets(counts map[Outcome]uint64) []familySet { return []familySet{runs(counts)} }
+
+// report counts the run, pushes what sets returns for the counts, in that order, each set
+// on its own so that what is wrong with one costs the others nothing, and writes it to the
+// textfile. The run's beginning, if there is one, goes before.
+func (j *Job) report(ctx context.Context, at time.Time, begin *beginning, outcome Outcome, sets func(counts map[Outcome]uint64) []familySet) {
+	parcel := j.keep(ctx, at, begin, outcome, sets)
+	if parcel == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
@@ -254,6 +245,37 @@ func (j *Job) report(ctx context.Context, at time.Time, begin *beginning, sets .
 			j.Warn(&UndeliveredError{Fate: Refused, Outbox: j.Courier.Outbox.Path(), Err: err})
 		}
 	}
+}
+
+// keep does what of report has to survive. It returns nil where there is nothing to push.
+func (j *Job) keep(ctx context.Context, at time.Time, begin *beginning, outcome Outcome, sets func(counts map[Outcome]uint64) []familySet) *Parcel {
+	begin.noted.Wait()
+	counts, release := j.count(ctx, outcome)
+	defer release()
+	var pushes []Push
+	var all familySet
+	for _, families := range sets(counts) {
+		if len(families) == 0 {
+			continue
+		}
+		all = append(all, families...)
+		push, err := j.add(at, families)
+		if err != nil {
+			j.Warn(err)
+			continue
+		}
+		pushes = append(pushes, push)
+	}
+	// Not with ctx: whatever ends the delivery, they are kept.
+	parcel, err := j.Courier.Keep(context.WithoutCancel(ctx), pushes...)
+	if err != nil {
+		j.Warn(fmt.Errorf("%w; the push is tried once, and what waited before is untouched", err))
+	}
+	j.writeTextfile(ctx, all)
+	if len(pushes) == 0 {
+		return nil
+	}
+	return parcel
 }
 
 // add returns the push that adds families to the job's group.
