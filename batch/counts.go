@@ -23,12 +23,7 @@ type Jobs struct{ dir *statedir.Dir }
 
 // OpenJobs opens them, and makes the directory when there is none.
 func OpenJobs(stateDir string) (*Jobs, error) {
-	state, err := statedir.Open(stateDir)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = state.Close() }()
-	dir, err := state.Sub("jobs")
+	dir, err := statedir.OpenSub(stateDir, "jobs")
 	if err != nil {
 		return nil, err
 	}

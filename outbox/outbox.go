@@ -86,12 +86,7 @@ const lockName = "lock"
 
 // Open opens the outbox in a state directory, and makes both where they are missing.
 func Open(stateDir string) (*Outbox, error) {
-	state, err := statedir.Open(stateDir)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = state.Close() }()
-	dir, err := state.Sub("outbox")
+	dir, err := statedir.OpenSub(stateDir, "outbox")
 	if err != nil {
 		return nil, err
 	}

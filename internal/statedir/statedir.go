@@ -53,6 +53,17 @@ func Open(path string) (*Dir, error) {
 	return d, nil
 }
 
+// OpenSub opens the directory called name in the one at path, and makes both where they are
+// missing.
+func OpenSub(path, name string) (*Dir, error) {
+	d, err := Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = d.Close() }()
+	return d.Sub(name)
+}
+
 // Sub opens the directory called name in d, and makes it when there is none.
 func (d *Dir) Sub(name string) (*Dir, error) {
 	switch err := d.root.Mkdir(name, 0o700); {
