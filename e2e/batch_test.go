@@ -514,7 +514,7 @@ func makeDisk(t *testing.T, image string) {
 	if err := os.Truncate(image, 16<<20); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "mkfs.ext4", "-q", "-F", image).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "/sbin/mkfs.ext4", "-q", "-F", image).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.ext4: %v: %s", err, out)
 	}
 }
@@ -594,11 +594,16 @@ func TestBatchTerminal(t *testing.T) {
 		}
 	})
 	t.Run("ends what runs too long, and nothing else", func(t *testing.T) {
-		tty := n.atTerminal(t, `promferry run --job=a --timeout=400ms --kill-after=200ms -- sh -c '(trap "" TERM; exec sleep 99991) & (sleep 99992 &) ; sleep 99993' 2>&3 | cat; echo after; pgrep -af "^sleep 9999[1-3]"; echo none`)
+		tty := n.atTerminal(t, `promferry run --job=a --timeout=400ms --kill-after=200ms -- sh -c '(trap "" TERM; exec sleep 99991) & (sleep 99992 &) ; sleep 99993' 2>&3 | cat; echo after`)
 		tty.waitFor(t, "after")
-		tty.waitFor(t, "none")
-		if text := tty.text(); strings.Contains(text, "sleep 9999") {
-			t.Errorf("left behind: %s", text)
+		lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		if err != nil || len(lines) == 0 {
+			t.Fatalf("%q, %v", lines, err)
+		}
+		for _, file := range lines {
+			if line, _ := os.ReadFile(file); bytes.HasPrefix(line, []byte("sleep\x009999")) {
+				t.Errorf("left behind: %s: %q", file, line)
+			}
 		}
 	})
 	t.Run("stops and goes on", func(t *testing.T) {

@@ -84,7 +84,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"waitfor": waitFor, "signal": sendSignal, "post": post, "get": get, "lacks": lacks,
+			"waitfor": waitFor, "signal": sendSignal, "post": post, "get": get, "lacks": lacks, "gone": gone,
 		},
 	})
 }
@@ -152,6 +152,21 @@ func request(ts *testscript.TestScript, neg bool, method string, args []string) 
 func lacks(ts *testscript.TestScript, _ bool, args []string) {
 	if strings.Contains(ts.ReadFile(args[0]), args[1]) {
 		ts.Fatalf("%s has %q:\n%s", args[0], args[1], ts.ReadFile(args[0]))
+	}
+}
+
+// gone fails when a process runs whose command line has a text: gone TEXT.
+func gone(ts *testscript.TestScript, _ bool, args []string) {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	ts.Check(err)
+	if len(files) == 0 {
+		ts.Fatalf("/proc shows no process")
+	}
+	for _, file := range files {
+		line, _ := os.ReadFile(file) // Gone by now, perhaps.
+		if strings.Contains(strings.ReplaceAll(string(line), "\x00", " "), args[0]) {
+			ts.Fatalf("%s: %q runs", file, line)
+		}
 	}
 }
 
