@@ -175,13 +175,8 @@ func (o *Outbox) next(lock *os.File) (uint64, error) {
 		err = errors.ErrUnsupported
 	}
 	if err != nil {
-		all, err := o.names()
-		if err != nil {
+		if last, err = o.last(); err != nil {
 			return 0, err
-		}
-		last = 0
-		if len(all) > 0 {
-			last = all[len(all)-1].number
 		}
 	}
 	if _, err := lock.WriteAt(fmt.Appendf(nil, "%s %020d\n", bootID, last+1), 0); err != nil {
@@ -198,6 +193,24 @@ func (o *Outbox) lockNumbers(ctx context.Context) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, numberPatience)
 	defer cancel()
 	return o.dir.Lock(ctx, lockName, 0)
+}
+
+// last returns the highest number that is in use: also among the rejected, which a new entry
+// of the same name would replace, should it be rejected too.
+func (o *Outbox) last() (uint64, error) {
+	waiting, err := o.names()
+	if err != nil {
+		return 0, err
+	}
+	rejected, err := namesIn(o.rejected)
+	if err != nil {
+		return 0, err
+	}
+	var last uint64
+	for _, n := range append(waiting, rejected...) {
+		last = max(last, n.number)
+	}
+	return last, nil
 }
 
 // lockGroup takes the lock of a group, so that one process at a time delivers it. Place 0
@@ -376,14 +389,16 @@ const tempAge = time.Hour
 
 // Clean removes what processes that were killed in the middle of Add have left.
 func (o *Outbox) Clean() error {
-	temporary, err := o.dir.Temporary()
-	if err != nil {
-		return err
-	}
-	for _, info := range temporary {
-		if time.Since(info.ModTime()) > tempAge {
-			if err := o.dir.Remove(info.Name()); err != nil {
-				return err
+	for _, dir := range []*statedir.Dir{o.dir, o.rejected} {
+		temporary, err := dir.Temporary()
+		if err != nil {
+			return err
+		}
+		for _, info := range temporary {
+			if time.Since(info.ModTime()) > tempAge {
+				if err := dir.Remove(info.Name()); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -420,7 +435,7 @@ func (o *Outbox) List() ([]Listed, error) {
 		}
 	}
 	var all []Listed
-	for _, l := range append(waiting, rejected...) {
+	for _, l := range waiting {
 		all = append(all, l.listed)
 	}
 	return all, nil

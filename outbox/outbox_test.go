@@ -206,6 +206,26 @@ func TestNumbers(t *testing.T) {
 	}
 }
 
+// TestRejectedStay has numbers begin anew after another boot: what was rejected before is not
+// replaced.
+func TestRejectedStay(t *testing.T) {
+	dir := t.TempDir()
+	o := open(t, dir)
+	refused := map[string]error{"1": &outbox.RejectedError{Err: errors.New("bad")}}
+	for range 3 {
+		add(t, o, entry(outbox.Add, "a", "1"))
+		if _, rejected := deliver(t, o, refused); rejected != 1 {
+			t.Fatalf("%d rejected", rejected)
+		}
+		if err := os.Truncate(filepath.Join(dir, "outbox", "lock"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if list, err := o.List(); err != nil || len(list) != 3 {
+		t.Errorf("%+v, %v; want three", list, err)
+	}
+}
+
 // TestDamage has files that are not as they were written, as a disk may leave them: each is
 // set aside, and costs the others nothing.
 func TestDamage(t *testing.T) {

@@ -70,12 +70,19 @@ func (r *runCommand) run(in *invocation) (int, error) {
 	if r.noOverlap && job.Jobs == nil {
 		warn(errors.New("without a state directory nothing keeps a second run from overlapping with this one"))
 	}
+	env := os.Environ()
+	if _, ok := os.LookupEnv("PATH"); !ok {
+		// Where execvp(3) looks then; the command's environment stays without.
+		if err := os.Setenv("PATH", "/bin:/usr/bin"); err != nil {
+			warn(err)
+		}
+	}
 	signals := make(chan os.Signal, 64)
 	for _, sig := range forwarded() {
 		signal.Notify(signals, sig) // To the end of the process: to give them back takes time.
 	}
 	b := &batch.Run{
-		Job: job, Args: r.args, Env: os.Environ(), Stdin: in.stdin, Stdout: in.stdout, Stderr: in.stderr, Signals: signals,
+		Job: job, Args: r.args, Env: env, Stdin: in.stdin, Stdout: in.stdout, Stderr: in.stderr, Signals: signals,
 		Timeout: time.Duration(r.own.Timeout.value), KillAfter: time.Duration(r.own.KillAfter.value),
 		NoOverlap: r.noOverlap, StartPush: !r.noStartPush,
 	}
