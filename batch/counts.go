@@ -3,6 +3,7 @@ package batch
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -45,12 +46,13 @@ type countFile struct {
 const countPatience = 5 * time.Second
 
 // Count counts a run, and returns how many there were by outcome. No other process counts
-// until release is called, so that counts can be pushed in their order. A file that cannot
+// for the group until release is called, so that counts can be pushed in their order. A file that cannot
 // be read as one is begun anew, with an error beside the counts.
 func (j *Jobs) Count(ctx context.Context, key pushgw.GroupingKey, outcome Outcome) (counts map[Outcome]uint64, release func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, countPatience)
 	defer cancel()
-	lock, err := j.dir.Lock(ctx, "lock", 0)
+	sum := sha256.Sum256([]byte(key.Path()))
+	lock, err := j.dir.Lock(ctx, "lock", int64(binary.BigEndian.Uint64(sum[:])>>2)) // One for each group.
 	if err != nil {
 		return nil, func() {}, err
 	}

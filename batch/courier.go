@@ -120,7 +120,7 @@ func (c *Courier) parcel(ctx context.Context, keep bool, pushes []Push) (*Parcel
 			}
 			group = e.Group()
 			err := errors.ErrUnsupported
-			if keep && c.Outbox != nil {
+			if keep && c.Outbox != nil && failed == nil {
 				if err = c.Outbox.Add(ctx, e); err != nil {
 					failed = err // The others say the same.
 				}
@@ -129,7 +129,7 @@ func (c *Courier) parcel(ctx context.Context, keep bool, pushes []Push) (*Parcel
 				to.loose = append(to.loose, e)
 			}
 		}
-		if c.Outbox != nil && len(pushes) > 0 {
+		if to.err = failed; c.Outbox != nil && len(pushes) > 0 && failed == nil {
 			to.waiting, to.err = c.Outbox.WaitingFor(ctx, group)
 		}
 		p.parts = append(p.parts, to)
@@ -150,16 +150,21 @@ func (p *Parcel) Deliver(ctx context.Context) []error {
 }
 
 func (c *Courier) deliver(ctx context.Context, to part) error {
-	var refused error
+	var refused, sent error
 	if c.Outbox != nil {
 		var d outbox.Delivery
 		err := to.err
 		if err == nil {
-			d, err = c.Outbox.Deliver(ctx, to.waiting, c.Timeout, c.sender(to.gateway))
+			d, err = c.Outbox.Deliver(ctx, to.waiting, c.Timeout, func(ctx context.Context, e *outbox.Entry) error {
+				sent = c.send(ctx, to.gateway, e)
+				return sent
+			})
 		}
 		switch {
-		case err != nil && len(to.loose) > 0: // What waits comes first, and did not get there.
-			return &UndeliveredError{Fate: Lost, Err: err}
+		case err != nil && len(to.loose) > 0:
+			if sent != nil { // What waits comes first, and did not get there.
+				return &UndeliveredError{Fate: Lost, Err: err}
+			} // Else the fault is in the outbox, and says nothing of the Pushgateway.
 		case err != nil:
 			return &UndeliveredError{Fate: Kept, Outbox: c.Outbox.Path(), Err: err}
 		case len(d.Rejected) > 0:
@@ -200,13 +205,20 @@ func (c *Courier) DeliverAll(ctx context.Context, g Gateway) Delivery {
 			d.Err = errors.Join(d.Err, context.Cause(ctx))
 			break
 		}
-		one, err := c.Outbox.Deliver(ctx, w, time.Millisecond, c.sender(g))
+		var sent error
+		one, err := c.Outbox.Deliver(ctx, w, time.Millisecond, func(ctx context.Context, e *outbox.Entry) error {
+			sent = c.send(ctx, g, e)
+			return sent
+		})
 		d.Delivered += one.Delivered
 		d.Rejected = append(d.Rejected, one.Rejected...)
 		if err == nil || errors.Is(err, outbox.ErrBusy) {
 			continue
 		}
 		d.Err = err
+		if sent == nil { // The fault is in the outbox, and says nothing of the Pushgateway.
+			continue
+		}
 		se, ok := errors.AsType[*pushgw.StatusError](err)
 		if ok {
 			d.RetryAfter = max(d.RetryAfter, se.RetryAfter)
@@ -216,10 +228,6 @@ func (c *Courier) DeliverAll(ctx context.Context, g Gateway) Delivery {
 		}
 	}
 	return d
-}
-
-func (c *Courier) sender(g Gateway) func(context.Context, *outbox.Entry) error {
-	return func(ctx context.Context, e *outbox.Entry) error { return c.send(ctx, g, e) }
 }
 
 // send brings one push. When it would be refused again the error is an

@@ -59,6 +59,9 @@ var ownFamilies = []string{
 	lastStart, lastCompletion, lastSuccessAt, lastDuration, lastExitCode, lastSuccess, lastCPU, lastMaxRSS, isRunning, runsTotal,
 }
 
+// OwnLabels are the labels that series of these families have, so that a group cannot.
+var OwnLabels = []string{"mode", "outcome"}
+
 // started returns what is pushed when a command has been started.
 func started(at time.Time) []*dto.MetricFamily {
 	return []*dto.MetricFamily{

@@ -132,7 +132,7 @@ func startStatus(err error) int {
 	switch {
 	case errors.Is(err, exec.ErrNotFound), errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTDIR):
 		return statusNotFound
-	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.ENOMEM):
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.ENOMEM), errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		return statusNotRun // No fault of the command.
 	default:
 		return statusNotExecutable
@@ -162,7 +162,7 @@ func (p *process) wait(cmd *exec.Cmd, g *group) (timedOut bool) {
 		select {
 		case sig := <-p.signals:
 			if s, ok := sig.(syscall.Signal); ok && !g.hasFromTerminal(s) {
-				_ = cmd.Process.Signal(s) // Should it just have ended, nobody is there to hear.
+				g.forward(s)
 			}
 		case <-timeout:
 			timedOut = true
@@ -214,6 +214,20 @@ func (g *group) hasFromTerminal(sig syscall.Signal) bool {
 	default:
 		return false
 	}
+}
+
+// forward passes a signal on. Those that end things go to all of a group of its own: who
+// sent them to ours, as a shell or a CI runner does, meant everything in it. Others are for
+// the command itself.
+func (g *group) forward(sig syscall.Signal) {
+	switch sig {
+	case syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT:
+		if g.terminal == nil {
+			g.signal(sig)
+			return
+		}
+	}
+	_ = syscall.Kill(g.leader, sig) // Should it just have ended, nobody is there to hear.
 }
 
 func (g *group) signal(sig syscall.Signal) {

@@ -98,15 +98,14 @@ func (r *Run) skipped(ctx context.Context, held *lockfile.HeldError) {
 }
 
 func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
+	var file string
 	dir, err := os.MkdirTemp("", "promferry-")
+	if err == nil {
+		defer func() { _ = os.RemoveAll(dir) }()
+		file, err = filepath.Abs(filepath.Join(dir, "metrics.prom")) // TMPDIR may be relative.
+	}
 	if err != nil {
 		r.Warn(fmt.Errorf("%w; the command gets no file for metrics of its own", err))
-	} else {
-		defer func() { _ = os.RemoveAll(dir) }()
-	}
-	var file string
-	if dir != "" {
-		file = filepath.Join(dir, "metrics.prom")
 	}
 
 	var begin beginning
@@ -177,7 +176,9 @@ func (r *Run) startPush(ctx context.Context, at time.Time, begin *beginning) {
 	begin.noted.Add(1)
 	begin.pushed.Go(func() {
 		families := started(at)
-		r.writeTextfile(ctx, families)
+		if r.Textfile != "" {
+			_ = writeTextfile(ctx, r.Textfile, r.Key, families) // What is wrong comes again at the end.
+		}
 		push, err := r.add(at, families)
 		if err != nil {
 			r.Warn(err)
@@ -198,7 +199,7 @@ func (j *Job) writeTextfile(ctx context.Context, families []*dto.MetricFamily) {
 		return
 	}
 	if err := writeTextfile(ctx, j.Textfile, j.Key, families); err != nil {
-		j.Warn(err)
+		j.Warn(fmt.Errorf("textfile: %w", err))
 	}
 }
 
@@ -211,7 +212,7 @@ func (j *Job) count(ctx context.Context, outcome Outcome) (counts map[Outcome]ui
 	// Whatever ends the delivery, the run is counted.
 	counts, release, err := j.Jobs.Count(context.WithoutCancel(ctx), j.Key, outcome)
 	if err != nil {
-		j.Warn(err)
+		j.Warn(fmt.Errorf("count the run: %w", err))
 	}
 	return counts, release
 }
@@ -226,12 +227,12 @@ func skippedSets(counts map[Outcome]uint64) []familySet { return []familySet{run
 // on its own so that what is wrong with one costs the others nothing, and writes it to the
 // textfile. The run's beginning, if there is one, goes before.
 func (j *Job) report(ctx context.Context, at time.Time, begin *beginning, outcome Outcome, sets func(counts map[Outcome]uint64) []familySet) {
+	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
+	defer cancel()
 	parcel := j.keep(ctx, at, begin, outcome, sets)
 	if parcel == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
-	defer cancel()
 	begin.pushed.Wait() // Its own time began before ours.
 	undelivered := parcel.Deliver(ctx)
 	for _, err := range undelivered {

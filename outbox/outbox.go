@@ -153,6 +153,13 @@ func (o *Outbox) place(ctx context.Context, temp string, n name) (uint64, error)
 	if n.number, err = o.next(lock); err != nil {
 		return 0, err
 	}
+	if o.dir.Has(n.String()) { // The lock file was tampered with.
+		last, err := o.last()
+		if err != nil {
+			return 0, err
+		}
+		n.number = last + 1
+	}
 	o.step("rename")
 	return n.number, o.dir.Rename(temp, n.String())
 }
@@ -187,7 +194,7 @@ func (o *Outbox) next(lock *os.File) (uint64, error) {
 
 // numberPatience is how long the lock for numbers is waited for. It is held for as long as
 // a directory takes to be read; a process that was stopped in there must stop nobody else.
-const numberPatience = 5 * time.Second
+const numberPatience = 2 * time.Second
 
 func (o *Outbox) lockNumbers(ctx context.Context) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, numberPatience)
@@ -435,7 +442,7 @@ func (o *Outbox) List() ([]Listed, error) {
 		}
 	}
 	var all []Listed
-	for _, l := range waiting {
+	for _, l := range append(waiting, rejected...) {
 		all = append(all, l.listed)
 	}
 	return all, nil
@@ -458,7 +465,7 @@ func (o *Outbox) list(dir *statedir.Dir) ([]namedListed, error) {
 			continue
 		}
 		l := Listed{Path: dir.Path(n.String())}
-		if err != nil { // Damaged; what its name tells is left.
+		if err != nil { // Unreadable; what its name tells is left.
 			l.Entry, l.Rejected = Entry{Op: n.op}, err.Error()
 		} else {
 			l.Size = len(entry.Body)

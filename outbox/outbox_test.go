@@ -273,6 +273,49 @@ func only(t *testing.T, pattern string) string {
 	return files[0]
 }
 
+// TestUnreadable has something else in the place of an entry: it is set aside, and what
+// follows is delivered.
+func TestUnreadable(t *testing.T) {
+	for name, replace := range map[string]func(string) error{
+		"folder": func(path string) error { return os.Mkdir(path, 0o700) },
+		"pipe":   func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"link":   func(path string) error { return os.Symlink("/etc/hostname", path) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			o := open(t, dir)
+			add(t, o, entry(outbox.Add, "a", "1"))
+			file := only(t, filepath.Join(dir, "outbox", "0*"))
+			if err := errors.Join(os.Remove(file), replace(file)); err != nil {
+				t.Fatal(err)
+			}
+			add(t, o, entry(outbox.Add, "a", "2"))
+			if sent, rejected := deliver(t, o, nil); !slices.Equal(sent, []string{"a add 2"}) || rejected != 1 {
+				t.Errorf("sent %q, %d rejected", sent, rejected)
+			}
+		})
+	}
+}
+
+// TestNumberIsTaken has a lock file that somebody set back: no entry is replaced.
+func TestNumberIsTaken(t *testing.T) {
+	dir := t.TempDir()
+	o := open(t, dir)
+	add(t, o, entry(outbox.Add, "a", "1"), entry(outbox.Add, "a", "2"))
+	lock := filepath.Join(dir, "outbox", "lock")
+	b, err := os.ReadFile(lock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(lock, []byte(strings.Replace(string(b), "2\n", "0\n", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	add(t, o, entry(outbox.Add, "a", "3"))
+	if sent, _ := deliver(t, o, nil); !slices.Equal(sent, []string{"a add 1", "a add 2", "a add 3"}) {
+		t.Errorf("sent %q", sent)
+	}
+}
+
 // TestHostileDirectory has what a user could put into their own outbox, with which root
 // works: nothing outside is touched, nothing hangs.
 func TestHostileDirectory(t *testing.T) {

@@ -164,7 +164,7 @@ const maxShown = 300
 func (e *StatusError) Error() string {
 	s := fmt.Sprintf("%s %s: unexpected status %d", e.Op, e.URL, e.Code)
 	if e.Message != "" {
-		message := strings.Join(strings.Fields(e.Message), " ")
+		message := safeurl.Line(e.Message)
 		if len(message) > maxShown {
 			message = strings.ToValidUTF8(message[:maxShown], "") + "..."
 		}

@@ -158,6 +158,17 @@ func (s *jobSettings) all() []anySetting {
 	return append(append(s.group.all(), s.push.all()...), s.Textfile)
 }
 
+// check returns all that is wrong.
+func (s *jobSettings) check() []error {
+	errs := append(s.push.check(), s.group.check()...)
+	for _, l := range s.group.Labels.value {
+		if slices.Contains(batch.OwnLabels, l.name) {
+			errs = append(errs, s.group.Labels.fault(fmt.Errorf("%q: the metrics of a job have a label %s of their own", l, l.name)))
+		}
+	}
+	return errs
+}
+
 // forgive takes out what is wrong in the environment, which must not stop a job that ran
 // before somebody changed it, and returns it.
 func (s *jobSettings) forgive() []error {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/alecthomas/kingpin/v2"
 
+	"github.com/promferry/promferry/internal/safeurl"
 	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
 )
@@ -110,16 +111,19 @@ func printList(w io.Writer, box *outbox.Outbox) error {
 		if l.Rejected != "" {
 			state = "refused"
 		}
-		key := pushgw.GroupingKey{Job: l.Entry.Job, Labels: l.Entry.Labels}
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n",
-			l.Entry.At.Local().Format(time.DateTime), state, l.Entry.Op, key, l.Entry.Gateway, l.Path)
+		since, group := "-", "-" // Of one that cannot be read.
+		if l.Entry.Job != "" {
+			since = l.Entry.At.Local().Format(time.DateTime)
+			group = pushgw.GroupingKey{Job: l.Entry.Job, Labels: l.Entry.Labels}.String()
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", since, state, l.Entry.Op, group, safeurl.Line(l.Entry.Gateway), l.Path)
 	}
 	if err := table.Flush(); err != nil {
 		return err
 	}
 	for _, l := range all {
 		if l.Rejected != "" {
-			_, _ = fmt.Fprintf(w, "\n%s\n  %s\n", l.Path, l.Rejected)
+			_, _ = fmt.Fprintf(w, "\n%s\n  %s\n", l.Path, safeurl.Line(l.Rejected))
 		}
 	}
 	return nil

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -38,6 +40,7 @@ func main() {
 		// more CPU time that bench could measure.
 		debug.SetGCPercent(50)
 	}
+	log.SetOutput(io.Discard) // net/http tells there what a server does wrong, with what it sent.
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 

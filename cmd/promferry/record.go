@@ -37,7 +37,7 @@ func (r *recordCommand) run(in *invocation) (int, error) {
 	if job.value == "" {
 		job.value = batch.JobOf(r.unit)
 	}
-	errs := append(r.settings.push.check(), r.settings.group.check()...)
+	errs := r.settings.check()
 	result := os.Getenv("SERVICE_RESULT")
 	if result == "" {
 		errs = append(errs, errors.New("SERVICE_RESULT is not set: only systemd can run this, as ExecStopPost=-+/usr/bin/promferry record %n in the unit"))

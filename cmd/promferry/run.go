@@ -57,8 +57,8 @@ func (r *runCommand) sets() ([]any, []anySetting) {
 
 func (r *runCommand) run(in *invocation) (int, error) {
 	forgiven := append(forgive(r.own.Timeout, r.own.KillAfter), r.settings.forgive()...)
-	errs := append(append(r.own.Timeout.check(), r.own.KillAfter.check()...), r.settings.push.check()...)
-	if err := faults(append(errs, r.settings.group.check()...)); err != nil {
+	errs := append(r.own.Timeout.check(), r.own.KillAfter.check()...)
+	if err := faults(append(errs, r.settings.check()...)); err != nil {
 		return exitNotRun, fmt.Errorf("nothing was run: %w", err)
 	}
 	warn := warner(in, "run "+r.settings.group.Job.value)

@@ -162,10 +162,11 @@ func text(flag, value, help string) *setting[string] {
 	return &setting[string]{flag: flag, value: value, help: help, parse: func(s string) (string, error) { return s, nil }}
 }
 
-// duration is a time above zero. A zero default means that one is worked out later.
+// duration is a time above zero. Where the default is zero, which then has a meaning of its
+// own, zero can be set as well.
 func duration(flag string, value time.Duration, help string) *setting[model.Duration] {
 	return &setting[model.Duration]{flag: flag, value: model.Duration(value), help: help, parse: func(s string) (model.Duration, error) {
-		if d, err := model.ParseDuration(s); err == nil && d > 0 {
+		if d, err := model.ParseDuration(s); err == nil && (d > 0 || value == 0) {
 			return d, nil
 		}
 		return 0, fmt.Errorf("%q: want a time above zero with its unit, as in 500ms, 15s or 1m30s", s)

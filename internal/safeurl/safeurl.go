@@ -1,10 +1,13 @@
-// Package safeurl writes URLs so that they can stand in a log line, an error, a metric
-// or a page: user-info and the query, which may hold passwords and tokens, are hidden.
+// Package safeurl writes URLs, and what servers answer, so that they can stand in a log
+// line, an error, a metric or a page: user-info and the query, which may hold passwords and
+// tokens, are hidden.
 package safeurl
 
 import (
 	"net/url"
+	"regexp"
 	"strings"
+	"unicode"
 )
 
 // hidden stands where something secret may have stood.
@@ -39,4 +42,20 @@ func Text(s string) string {
 		rest = before + "?" + hidden
 	}
 	return head + rest
+}
+
+// credentials matches what a server may have echoed of a request's headers.
+var credentials = regexp.MustCompile(`(?i)\b((?:proxy-)?authorization|cookie|bearer|basic)\b[\s:="']+\S+(?:\s+\S+)?`)
+
+// Line returns what another program wrote as one line that can be shown: without control
+// characters, which a terminal would obey, and without credentials.
+func Line(s string) string {
+	s = strings.Join(strings.Fields(s), " ")
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
+	return credentials.ReplaceAllString(s, "$1 "+hidden)
 }

@@ -31,3 +31,20 @@ func TestHidesWhatMayBeSecret(t *testing.T) {
 		}
 	}
 }
+
+func TestLine(t *testing.T) {
+	for in, want := range map[string]string{
+		"two\nlines\there":                    "two lines here",
+		"\x1b[31mred\x1b]0;title\a\x00":       "\uFFFD[31mred\uFFFD]0;title\uFFFD\uFFFD",
+		"ünïcode stays":                       "ünïcode stays",
+		"got Authorization: Bearer canary ok": "got Authorization ... ok",
+		"authorization=canary, x":             "authorization ...",
+		"header Basic Y2FuYXJ5":               "header Basic ...",
+		"a basic":                             "a basic",
+		"\xff":                                "\uFFFD",
+	} {
+		if got := safeurl.Line(in); got != want {
+			t.Errorf("%q: got %q, want %q", in, got, want)
+		}
+	}
+}

@@ -68,11 +68,6 @@ func OpenSub(path, name string) (*Dir, error) {
 func (d *Dir) Sub(name string) (*Dir, error) {
 	switch err := d.root.Mkdir(name, 0o700); {
 	case err == nil:
-		if d.uid >= 0 {
-			if err := d.root.Lchown(name, d.uid, d.gid); err != nil {
-				return nil, d.named(err)
-			}
-		}
 		if err := d.Sync(); err != nil {
 			return nil, err
 		}
@@ -86,7 +81,24 @@ func (d *Dir) Sub(name string) (*Dir, error) {
 	if err != nil {
 		return nil, d.named(err)
 	}
-	return &Dir{root: root, uid: d.uid, gid: d.gid}, nil
+	sub := &Dir{root: root, uid: d.uid, gid: d.gid}
+	if err := sub.own(); err != nil {
+		return nil, errors.Join(err, root.Close())
+	}
+	return sub, nil
+}
+
+// own gives the directory to the owner of what is in it.
+func (d *Dir) own() error {
+	if d.uid < 0 {
+		return nil
+	}
+	f, err := d.root.Open(".")
+	if err != nil {
+		return d.named(err)
+	}
+	defer func() { _ = f.Close() }()
+	return f.Chown(d.uid, d.gid)
 }
 
 // Close closes the directory.
@@ -192,13 +204,28 @@ func (d *Dir) open(name string, flags int) (*os.File, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s: no regular file", d.Path(name))
+		err = fmt.Errorf("%s: %w", d.Path(name), ErrNotRegular)
+	}
+	// What also has a name elsewhere is not ours to write to.
+	if err == nil && flags != os.O_RDONLY {
+		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink > 1 {
+			err = fmt.Errorf("%s: %w: it has another name", d.Path(name), ErrNotRegular)
+		}
 	}
 	if err != nil {
 		_ = f.Close()
 		return nil, err
 	}
 	return f, nil
+}
+
+// ErrNotRegular says that something else stands in the place of a file.
+var ErrNotRegular = errors.New("no regular file")
+
+// Has tells whether there is a file called name.
+func (d *Dir) Has(name string) bool {
+	_, err := d.root.Lstat(name)
+	return err == nil
 }
 
 // noLink refuses a symbolic link. One that is made after this was asked leads nowhere
@@ -209,7 +236,7 @@ func (d *Dir) noLink(name string) error {
 		return d.named(err)
 	}
 	if info.Mode()&fs.ModeSymlink != 0 {
-		return fmt.Errorf("%s: a symbolic link, which is not followed", d.Path(name))
+		return fmt.Errorf("%s: %w: a symbolic link is not followed", d.Path(name), ErrNotRegular)
 	}
 	return nil
 }
@@ -223,7 +250,7 @@ func (d *Dir) create(name string) (*os.File, error) {
 		if err := f.Chown(d.uid, d.gid); err != nil {
 			_ = f.Close()
 			_ = d.root.Remove(name)
-			return nil, d.named(err)
+			return nil, err
 		}
 	}
 	return f, nil
@@ -250,7 +277,7 @@ func (d *Dir) WriteTemp(parts ...[]byte) (name string, err error) {
 	}
 	if err != nil {
 		_ = d.root.Remove(name)
-		return "", d.named(err)
+		return "", err
 	}
 	return name, nil
 }
@@ -287,7 +314,7 @@ func (d *Dir) Sync() error {
 		return d.named(err)
 	}
 	defer func() { _ = f.Close() }()
-	return d.named(f.Sync())
+	return f.Sync()
 }
 
 // named puts the directory's own name before that of a file in it.

@@ -84,7 +84,13 @@ func TestNothingOutside(t *testing.T) {
 	if err := syscall.Mkfifo(filepath.Join(path, "pipe"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Link(secret, filepath.Join(path, "hard")); err != nil {
+		t.Fatal(err)
+	}
 	d := open(t, path)
+	if f, err := d.OpenLock("hard"); err == nil {
+		t.Errorf("opened %s, which has another name, to lock", f.Name())
+	}
 	for _, name := range []string{"file", "dir", "dangling", "up", "pipe", "../x"} {
 		if f, err := d.OpenFile(name); err == nil {
 			t.Errorf("opened %s", f.Name())
