@@ -60,9 +60,10 @@ type Rules struct {
 	Keep, Drop *regexp.Regexp
 }
 
-// reserved matches the families that are Prometheus's or ours to write in a group. The
-// daemons' own metrics are not among them, so that a daemon can be a target as well.
-var reserved = regexp.MustCompile(`^(up|scrape_.*|promferry_.*)$`)
+// reserved matches the families that are Prometheus's, a Pushgateway's or ours to write in
+// a group. The daemons' own metrics are not among them, so that a daemon can be a target as
+// well.
+var reserved = regexp.MustCompile(`^(up|push_time_seconds|push_failure_time_seconds|scrape_.*|promferry_.*)$`)
 
 var daemonsOwn = regexp.MustCompile(`^promferry_(agent|build|client|expiry|forwarder|gateway|outbox|proxy)_`)
 

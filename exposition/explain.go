@@ -109,7 +109,7 @@ func Timestamps(text []byte) (line int, family string) {
 }
 
 var phrases = map[Reason]string{
-	ReasonReserved:  "a name that promferry or Prometheus writes itself",
+	ReasonReserved:  "a name that promferry, Prometheus or a Pushgateway writes itself",
 	ReasonName:      "not a name that a Pushgateway takes: letters, digits, _ and : make one, a digit not at the begin",
 	ReasonType:      "a type that a Pushgateway does not take, or a sample that is not of the family's type",
 	ReasonClash:     "clashes with another family of the same name, or with a series of a summary or histogram",

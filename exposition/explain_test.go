@@ -11,8 +11,8 @@ func TestExplain(t *testing.T) {
 		text, want string
 	}{
 		"duplicate":        {"b 1\na{x=\"1\",y=\"2\"} 1\na{y=\"2\",x=\"1\"} 2\n", "line 3: a: a series that comes twice, first in line 2"},
-		"reserved":         {"a 1\n# TYPE up gauge\nup 1\n", "line 2: up: a name that promferry or Prometheus writes itself"},
-		"reserved here":    {"mine 1\n", "line 1: mine: a name that promferry or Prometheus writes itself"},
+		"reserved":         {"a 1\n# TYPE up gauge\nup 1\n", "line 2: up: a name that promferry, Prometheus or a Pushgateway writes itself"},
+		"reserved here":    {"mine 1\n", "line 1: mine: a name that promferry, Prometheus or a Pushgateway writes itself"},
 		"label":            {"a{x=\"1\"} 1\na{__x=\"1\"} 1\n", `line 2: a: has a label that a Pushgateway does not take: "__x"`},
 		"bucket":           {"# TYPE h histogram\nh_bucket{le=\"1\"} 1\nh_bucket{le=\"1\"} 2\nh_sum 1\nh_count 1\n", "line 3: h: a series that comes twice, first in line 2"},
 		"clash":            {"# TYPE s summary\ns_sum 1\ns_count 1\n\n# TYPE s gauge\ns 2\n", "line 5: s: clashes with another family of the same name, or with a series of a summary or histogram"},
