@@ -58,7 +58,9 @@ const (
 
 // UndeliveredError tells of pushes that were not brought to one Pushgateway.
 type UndeliveredError struct {
-	Fate Fate
+	// Gateway is the Pushgateway's name.
+	Gateway string
+	Fate    Fate
 	// Outbox is where they are now, or empty for Lost.
 	Outbox string
 	Err    error
@@ -81,6 +83,8 @@ func (e *UndeliveredError) Unwrap() error { return e.Err }
 type Parcel struct {
 	courier *Courier
 	parts   []part
+	// kept tells whether all of it is in the outbox.
+	kept bool
 }
 
 // part is what of a parcel goes to one Pushgateway.
@@ -92,6 +96,8 @@ type part struct {
 	loose []*outbox.Entry
 	// err is why it is not known what waits.
 	err error
+	// done is closed when Deliver has done what it could.
+	done chan struct{}
 }
 
 // Keep puts pushes, all of one group, into the outbox. When it returns without an error
@@ -111,7 +117,7 @@ func (c *Courier) parcel(ctx context.Context, keep bool, pushes []Push) (*Parcel
 	p := &Parcel{courier: c}
 	var failed error
 	for _, g := range c.Gateways {
-		to := part{gateway: g}
+		to := part{gateway: g, done: make(chan struct{})}
 		var group outbox.Group
 		for _, push := range pushes {
 			e := &outbox.Entry{
@@ -120,7 +126,7 @@ func (c *Courier) parcel(ctx context.Context, keep bool, pushes []Push) (*Parcel
 			}
 			group = e.Group()
 			err := errors.ErrUnsupported
-			if keep && c.Outbox != nil && failed == nil {
+			if keep && c.Outbox != nil && !errors.Is(failed, context.DeadlineExceeded) { // A lock that is held is not waited for again.
 				if err = c.Outbox.Add(ctx, e); err != nil {
 					failed = err // The others say the same.
 				}
@@ -129,21 +135,35 @@ func (c *Courier) parcel(ctx context.Context, keep bool, pushes []Push) (*Parcel
 				to.loose = append(to.loose, e)
 			}
 		}
-		if to.err = failed; c.Outbox != nil && len(pushes) > 0 && failed == nil {
+		if errors.Is(failed, context.DeadlineExceeded) {
+			to.err = failed
+		} else if c.Outbox != nil && len(pushes) > 0 {
 			to.waiting, to.err = c.Outbox.WaitingFor(ctx, group)
 		}
 		p.parts = append(p.parts, to)
 	}
+	p.kept = keep && c.Outbox != nil && failed == nil
 	return p, failed
 }
 
 // Deliver brings the pushes, after whatever waited for the same group, to all Pushgateways
-// at the same time, until ctx ends. The errors are *UndeliveredError.
-func (p *Parcel) Deliver(ctx context.Context) []error {
+// at the same time, until ctx ends. To each they come after those of another parcel of the
+// same courier that is on its way, unless that is nil. The errors are *UndeliveredError. It
+// must be called once.
+func (p *Parcel) Deliver(ctx context.Context, after *Parcel) []error {
 	errs := make([]error, len(p.parts))
 	var wg sync.WaitGroup
 	for i, to := range p.parts {
-		wg.Go(func() { errs[i] = p.courier.deliver(ctx, to) })
+		wg.Go(func() {
+			defer close(to.done)
+			if after != nil {
+				select {
+				case <-after.parts[i].done:
+				case <-ctx.Done():
+				}
+			}
+			errs[i] = p.courier.deliver(ctx, to)
+		})
 	}
 	wg.Wait()
 	return slices.DeleteFunc(errs, func(err error) bool { return err == nil })
@@ -163,17 +183,17 @@ func (c *Courier) deliver(ctx context.Context, to part) error {
 		switch {
 		case err != nil && len(to.loose) > 0:
 			if sent != nil { // What waits comes first, and did not get there.
-				return &UndeliveredError{Fate: Lost, Err: err}
+				return &UndeliveredError{Gateway: to.gateway.String(), Fate: Lost, Err: err}
 			} // Else the fault is in the outbox, and says nothing of the Pushgateway.
 		case err != nil:
-			return &UndeliveredError{Fate: Kept, Outbox: c.Outbox.Path(), Err: err}
+			return &UndeliveredError{Gateway: to.gateway.String(), Fate: Kept, Outbox: c.Outbox.Path(), Err: err}
 		case len(d.Rejected) > 0:
-			refused = &UndeliveredError{Fate: Refused, Outbox: c.Outbox.Path(), Err: errors.Join(d.Rejected...)}
+			refused = &UndeliveredError{Gateway: to.gateway.String(), Fate: Refused, Outbox: c.Outbox.Path(), Err: errors.Join(d.Rejected...)}
 		}
 	}
 	for _, e := range to.loose {
 		if err := c.send(ctx, to.gateway, e); err != nil {
-			return &UndeliveredError{Fate: Lost, Err: err}
+			return &UndeliveredError{Gateway: to.gateway.String(), Fate: Lost, Err: err}
 		}
 	}
 	return refused

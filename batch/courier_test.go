@@ -99,7 +99,7 @@ func fates(errs []error) []batch.Fate {
 func TestEachGatewayOnItsOwn(t *testing.T) {
 	good, bad := &fakeGateway{name: "http://good"}, &fakeGateway{name: "http://bad", answer: away}
 	c := newCourier(t, bad, good)
-	if errs := keep(t, c, push(outbox.Add, "a", "1"), push(outbox.Add, "a", "2")).Deliver(t.Context()); !slices.Equal(fates(errs), []batch.Fate{batch.Kept}) {
+	if errs := keep(t, c, push(outbox.Add, "a", "1"), push(outbox.Add, "a", "2")).Deliver(t.Context(), nil); !slices.Equal(fates(errs), []batch.Fate{batch.Kept}) {
 		t.Errorf("%v", errs)
 	}
 	if want := []string{"add a 1", "add a 2"}; !slices.Equal(good.got, want) {
@@ -110,7 +110,7 @@ func TestEachGatewayOnItsOwn(t *testing.T) {
 	}
 	bad.answer = nil
 	// Another push of the same group brings what waited, first.
-	if errs := keep(t, c, push(outbox.Add, "a", "3")).Deliver(t.Context()); len(errs) != 0 {
+	if errs := keep(t, c, push(outbox.Add, "a", "3")).Deliver(t.Context(), nil); len(errs) != 0 {
 		t.Errorf("%v", errs)
 	}
 	if want := []string{"add a 1", "add a 1", "add a 2", "add a 3"}; !slices.Equal(bad.got, want) {
@@ -121,7 +121,7 @@ func TestEachGatewayOnItsOwn(t *testing.T) {
 func TestOnceIsNotKept(t *testing.T) {
 	g := &fakeGateway{name: "http://g", answer: away}
 	c := newCourier(t, g)
-	if errs := c.Once(t.Context(), push(outbox.Add, "a", "1")).Deliver(t.Context()); !slices.Equal(fates(errs), []batch.Fate{batch.Lost}) {
+	if errs := c.Once(t.Context(), push(outbox.Add, "a", "1")).Deliver(t.Context(), nil); !slices.Equal(fates(errs), []batch.Fate{batch.Lost}) {
 		t.Errorf("%v", errs)
 	}
 	g.answer, g.got = nil, nil
@@ -132,7 +132,7 @@ func TestOnceIsNotKept(t *testing.T) {
 	keep(t, c, push(outbox.Add, "a", "old"))
 	begin := c.Once(t.Context(), push(outbox.Add, "a", "begin"))
 	end := keep(t, c, push(outbox.Add, "a", "end"))
-	if errs := append(begin.Deliver(t.Context()), end.Deliver(t.Context())...); len(errs) != 0 {
+	if errs := append(begin.Deliver(t.Context(), nil), end.Deliver(t.Context(), begin)...); len(errs) != 0 {
 		t.Errorf("%v", errs)
 	}
 	if want := []string{"add a old", "add a begin", "add a end"}; !slices.Equal(g.got, want) {
@@ -143,11 +143,11 @@ func TestOnceIsNotKept(t *testing.T) {
 func TestWithoutOutbox(t *testing.T) {
 	g := &fakeGateway{name: "http://g"}
 	c := &batch.Courier{Gateways: []batch.Gateway{g}, Timeout: time.Second}
-	if errs := keep(t, c, push(outbox.Put, "a", "1")).Deliver(t.Context()); len(errs) != 0 {
+	if errs := keep(t, c, push(outbox.Put, "a", "1")).Deliver(t.Context(), nil); len(errs) != 0 {
 		t.Errorf("%v", errs)
 	}
 	g.answer = away
-	if errs := keep(t, c, push(outbox.Put, "a", "2")).Deliver(t.Context()); !slices.Equal(fates(errs), []batch.Fate{batch.Lost}) {
+	if errs := keep(t, c, push(outbox.Put, "a", "2")).Deliver(t.Context(), nil); !slices.Equal(fates(errs), []batch.Fate{batch.Lost}) {
 		t.Errorf("%v", errs)
 	}
 }
@@ -201,7 +201,7 @@ func TestInvalidKeyIsSetAside(t *testing.T) {
 	g := &fakeGateway{name: "http://g"}
 	c := newCourier(t, g)
 	// Nothing of ours writes this; it would break a Pushgateway.
-	if errs := keep(t, c, batch.Push{Op: outbox.Add, Key: pushgw.GroupingKey{Job: "a", Labels: map[string]string{"le": "1"}}}).Deliver(t.Context()); !slices.Equal(fates(errs), []batch.Fate{batch.Refused}) {
+	if errs := keep(t, c, batch.Push{Op: outbox.Add, Key: pushgw.GroupingKey{Job: "a", Labels: map[string]string{"le": "1"}}}).Deliver(t.Context(), nil); !slices.Equal(fates(errs), []batch.Fate{batch.Refused}) {
 		t.Errorf("%v", errs)
 	}
 	if len(g.got) != 0 {

@@ -92,7 +92,10 @@ func (d *Deliverer) once(ctx context.Context, g Gateway, faults *faultlog.Log) (
 		faults.Logger.InfoContext(ctx, "Delivered what waited in the outbox", "pushes", done.Delivered)
 	}
 	defer d.count()
-	if done.Err != nil && ctx.Err() == nil {
+	if ctx.Err() != nil {
+		return 0, nil
+	}
+	if done.Err != nil {
 		d.metrics.failures.WithLabelValues(name, reasonOf(done.Err)).Inc()
 		faults.Failed(ctx, "Outbox not delivered", done.Err)
 		return done.RetryAfter, done.Err

@@ -43,12 +43,12 @@ func (p *process) run() (Result, error) {
 	if terminal != nil {
 		defer func() { _ = terminal.Close() }()
 	}
-	if terminal != nil && p.timeout > 0 {
+	if p.timeout > 0 {
 		// So that children whose parent has ended are still found at the timeout.
 		_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 	}
 	begin := time.Now()
-	cmd, err := p.start(terminal == nil)
+	cmd, err := p.start()
 	if err != nil {
 		end := time.Now()
 		return Result{
@@ -59,7 +59,7 @@ func (p *process) run() (Result, error) {
 	if p.onStart != nil {
 		p.onStart(cmd.Process.Pid, begin)
 	}
-	g := &group{leader: cmd.Process.Pid, terminal: terminal}
+	g := &group{command: cmd.Process, terminal: terminal}
 	timedOut := p.wait(cmd, g)
 	end := time.Now()
 	r := Result{Start: begin, End: end, Duration: end.Sub(begin), Outcome: Success, Status: exitStatus(cmd.ProcessState)}
@@ -78,29 +78,31 @@ func (p *process) run() (Result, error) {
 }
 
 // start starts the command as execvp(3) would.
-func (p *process) start(newGroup bool) (*exec.Cmd, error) {
+func (p *process) start() (*exec.Cmd, error) {
 	path, err := lookPath(p.args[0])
 	if err != nil {
 		return nil, err
 	}
-	cmd := p.command(path, p.args, newGroup)
+	cmd := p.command(path, p.args)
 	err = cmd.Start()
 	if errors.Is(err, syscall.ENOEXEC) {
 		// A script without a first line that names its interpreter.
-		cmd = p.command("/bin/sh", append([]string{"sh", path}, p.args[1:]...), newGroup)
+		cmd = p.command("/bin/sh", append([]string{"sh", path}, p.args[1:]...))
 		err = cmd.Start()
 	}
 	if pe, ok := errors.AsType[*os.PathError](err); ok {
 		err = pe.Err
 	}
+	if errors.Is(err, syscall.ENOENT) { // The file itself was found.
+		err = fmt.Errorf("what its first line names to run it: %w", err)
+	}
 	return cmd, err
 }
 
-func (p *process) command(path string, args []string, newGroup bool) *exec.Cmd {
+func (p *process) command(path string, args []string) *exec.Cmd {
 	return &exec.Cmd{
 		Path: path, Args: args, Env: p.env,
 		Stdin: p.stdin, Stdout: p.stdout, Stderr: p.stderr, // Files: given to it as they are.
-		SysProcAttr: &syscall.SysProcAttr{Setpgid: newGroup},
 	}
 }
 
@@ -117,7 +119,7 @@ func lookPath(name string) (string, error) {
 		if _, statErr := os.Stat(name); statErr == nil || errors.Is(statErr, syscall.EACCES) {
 			return "", errNotExecutable
 		}
-		return "", exec.ErrNotFound
+		return "", syscall.ENOENT
 	}
 	for _, dir := range filepath.SplitList(os.Getenv("PATH")) { //nolint:forbidigo // As exec.LookPath does.
 		if info, err := os.Stat(filepath.Join(dir, name)); err == nil && info.Mode().IsRegular() {
@@ -162,7 +164,7 @@ func (p *process) wait(cmd *exec.Cmd, g *group) (timedOut bool) {
 		select {
 		case sig := <-p.signals:
 			if s, ok := sig.(syscall.Signal); ok && !g.hasFromTerminal(s) {
-				g.forward(s)
+				_ = cmd.Process.Signal(s) // Should it just have ended, nobody is there to hear.
 			}
 		case <-timeout:
 			timedOut = true
@@ -173,6 +175,9 @@ func (p *process) wait(cmd *exec.Cmd, g *group) (timedOut bool) {
 			g.signal(syscall.SIGKILL)
 			kill = nil
 		case <-ended:
+			for len(p.signals) > 0 {
+				<-p.signals // Meant for the command, as it was there.
+			}
 			if timedOut {
 				g.end(kill)
 			}
@@ -190,12 +195,12 @@ func controllingTerminal() *os.File {
 	return f
 }
 
-// group is the processes of a command. Without a terminal it is a process group of its
-// own. With one the command stays in our process group, as only one group can use a
-// terminal, and others than ours may be in it, as in a pipeline of a shell: then the
-// group is what descends from us in it.
+// group is the processes of a command. It stays in our process group: whoever signals that
+// one, as a terminal, a shell or a CI runner does, reaches all of it, and others than ours may
+// be in it, as in a pipeline of a shell. So what is to be ended is what descends from us in
+// it.
 type group struct {
-	leader   int
+	command  *os.Process
 	terminal *os.File
 }
 
@@ -216,28 +221,13 @@ func (g *group) hasFromTerminal(sig syscall.Signal) bool {
 	}
 }
 
-// forward passes a signal on. Those that end things go to all of a group of its own: who
-// sent them to ours, as a shell or a CI runner does, meant everything in it. Others are for
-// the command itself.
-func (g *group) forward(sig syscall.Signal) {
-	switch sig {
-	case syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT:
-		if g.terminal == nil {
-			g.signal(sig)
-			return
+func (g *group) signal(sig syscall.Signal) {
+	for _, pid := range g.members() {
+		if pid != g.command.Pid {
+			_ = syscall.Kill(pid, sig)
 		}
 	}
-	_ = syscall.Kill(g.leader, sig) // Should it just have ended, nobody is there to hear.
-}
-
-func (g *group) signal(sig syscall.Signal) {
-	if g.terminal == nil {
-		_ = syscall.Kill(-g.leader, sig)
-		return
-	}
-	for _, pid := range g.members() {
-		_ = syscall.Kill(pid, sig)
-	}
+	_ = g.command.Signal(sig) // Does nothing once it has been waited for.
 }
 
 // killed is how long end waits for processes that were killed to be gone.
@@ -268,15 +258,6 @@ func (g *group) end(kill <-chan time.Time) {
 // members returns the living processes of the group.
 func (g *group) members() []int {
 	all := processes()
-	if g.terminal == nil {
-		var pids []int
-		for pid, p := range all {
-			if p.group == g.leader {
-				pids = append(pids, pid)
-			}
-		}
-		return pids
-	}
 	var pids []int
 	ours := syscall.Getpgrp()
 	parents := []int{os.Getpid()}

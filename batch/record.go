@@ -36,8 +36,9 @@ func IsOwnUnit(unit string) bool {
 
 // Record pushes how the unit ended.
 func (u *Unit) Record(ctx context.Context) {
+	none := new(beginning)
 	if u.ServiceResult == "exec-condition" { // ExecCondition= said that it is not to run.
-		u.report(ctx, time.Now(), new(beginning), Skipped, skippedSets)
+		u.deliver(ctx, u.keep(ctx, time.Now(), none, Skipped, skippedSets), none)
 		return
 	}
 	r := Result{End: time.Now(), Outcome: Failure, Status: unitStatus(u.ExitCode, u.ExitStatus)}
@@ -56,9 +57,9 @@ func (u *Unit) Record(ctx context.Context) {
 		u.PushTimeout = min(u.PushTimeout, stop/2)
 	}
 	shown.fill(&r, u.ExitCode != "")
-	u.report(ctx, r.End, new(beginning), r.Outcome, func(counts map[Outcome]uint64) []familySet {
+	u.deliver(ctx, u.keep(ctx, r.End, none, r.Outcome, func(counts map[Outcome]uint64) []familySet {
 		return []familySet{completed(r, counts)}
-	})
+	}), none)
 }
 
 // unitStatus returns the exit status in the way of a shell.

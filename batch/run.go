@@ -80,7 +80,6 @@ func (r *Run) Run(ctx context.Context) int {
 		if err != nil {
 			r.Warn(fmt.Errorf("%w; nothing keeps a second run from overlapping with this one", err))
 		} else {
-			defer func() { _ = lock.Release() }()
 			return r.run(ctx, lock)
 		}
 	}
@@ -94,7 +93,8 @@ func (r *Run) skipped(ctx context.Context, held *lockfile.HeldError) {
 	} else {
 		r.Warn(fmt.Errorf("skipped: another run is going on, PID %d", held.PID))
 	}
-	r.report(ctx, time.Now(), new(beginning), Skipped, skippedSets)
+	none := new(beginning)
+	r.deliver(ctx, r.keep(ctx, time.Now(), none, Skipped, skippedSets), none)
 }
 
 func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
@@ -134,9 +134,13 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 	defer stop()
 	defer context.AfterFunc(ctx, stopStart)()
 	own := r.ownMetrics(ctx, file)
-	r.report(ctx, result.End, &begin, result.Outcome, func(counts map[Outcome]uint64) []familySet {
+	parcel := r.keep(ctx, result.End, &begin, result.Outcome, func(counts map[Outcome]uint64) []familySet {
 		return []familySet{own, completed(result, counts)}
 	})
+	if lock != nil {
+		_ = lock.Release() // The next run need not wait for our pushes: the outbox keeps their order.
+	}
+	r.deliver(ctx, parcel, &begin)
 	return result.Status
 }
 
@@ -145,6 +149,8 @@ func (r *Run) run(ctx context.Context, lock *lockfile.Lock) int {
 type beginning struct {
 	// noted is done when what waited before the run is known, and pushed when all is done.
 	noted, pushed sync.WaitGroup
+	// parcel is the push, nil when there is none. It is there when noted is done.
+	parcel *Parcel
 }
 
 // untilSignal returns a context that ends with the first signal to end.
@@ -186,10 +192,11 @@ func (r *Run) startPush(ctx context.Context, at time.Time, begin *beginning) {
 			return
 		}
 		parcel := r.Courier.Once(ctx, push)
+		begin.parcel = parcel
 		begin.noted.Done()
 		ctx, cancel := context.WithTimeout(ctx, r.PushTimeout)
 		defer cancel()
-		_ = parcel.Deliver(ctx) // Of this one nobody has to know; the end is what counts.
+		_ = parcel.Deliver(ctx, nil) // Of this one nobody has to know; the end is what counts.
 	})
 }
 
@@ -223,32 +230,37 @@ type familySet []*dto.MetricFamily
 // skippedSets returns what is pushed of a run that did not begin.
 func skippedSets(counts map[Outcome]uint64) []familySet { return []familySet{runs(counts)} }
 
-// report counts the run, pushes what sets returns for the counts, in that order, each set
-// on its own so that what is wrong with one costs the others nothing, and writes it to the
-// textfile. The run's beginning, if there is one, goes before.
-func (j *Job) report(ctx context.Context, at time.Time, begin *beginning, outcome Outcome, sets func(counts map[Outcome]uint64) []familySet) {
-	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
-	defer cancel()
-	parcel := j.keep(ctx, at, begin, outcome, sets)
+// deliver brings what keep returned. The run's beginning, if there is one, goes before.
+func (j *Job) deliver(ctx context.Context, parcel *Parcel, begin *beginning) {
+	defer begin.pushed.Wait() // Its own time began before ours.
 	if parcel == nil {
 		return
 	}
-	begin.pushed.Wait() // Its own time began before ours.
-	undelivered := parcel.Deliver(ctx)
-	for _, err := range undelivered {
+	ctx, cancel := context.WithTimeout(ctx, j.PushTimeout)
+	defer cancel()
+	failed := make(map[string]bool)
+	for _, err := range parcel.Deliver(ctx, begin.parcel) {
 		j.Warn(err)
+		if u, ok := errors.AsType[*UndeliveredError](err); ok {
+			failed[u.Gateway] = true
+		}
 	}
-	if len(undelivered) > 0 || j.Courier.Outbox == nil {
+	if !parcel.kept {
 		return
 	}
 	for _, g := range j.Courier.Gateways {
+		if failed[g.String()] {
+			continue
+		}
 		for _, err := range j.Courier.DeliverAll(ctx, g).Rejected {
-			j.Warn(&UndeliveredError{Fate: Refused, Outbox: j.Courier.Outbox.Path(), Err: err})
+			j.Warn(&UndeliveredError{Gateway: g.String(), Fate: Refused, Outbox: j.Courier.Outbox.Path(), Err: err})
 		}
 	}
 }
 
-// keep does what of report has to survive. It returns nil where there is nothing to push.
+// keep counts the run, keeps what sets returns for the counts, in that order, each set on its
+// own so that what is wrong with one costs the others nothing, and writes it to the textfile.
+// It returns nil where there is nothing to push.
 func (j *Job) keep(ctx context.Context, at time.Time, begin *beginning, outcome Outcome, sets func(counts map[Outcome]uint64) []familySet) *Parcel {
 	begin.noted.Wait()
 	counts, release := j.count(ctx, outcome)
@@ -288,6 +300,9 @@ func (j *Job) add(at time.Time, families []*dto.MetricFamily) (Push, error) {
 	return Push{Op: outbox.Add, Key: j.Key, At: at, Body: pushgw.Body{ContentType: exposition.Text.ContentType(), Gzipped: b}}, nil
 }
 
+// maxExplained is how many faults are explained: for each the text is read once more.
+const maxExplained = 10
+
 // ownMetrics returns what can be pushed of the metrics that the command wrote.
 func (r *Run) ownMetrics(ctx context.Context, path string) []*dto.MetricFamily {
 	if path == "" {
@@ -305,7 +320,11 @@ func (r *Run) ownMetrics(ctx context.Context, path string) []*dto.MetricFamily {
 		r.Warn(fmt.Errorf("metrics of the command's own, left out: %w", err))
 		return nil
 	}
-	for _, l := range left {
+	for i, l := range left {
+		if i == maxExplained {
+			r.Warn(fmt.Errorf("metrics of the command's own: %d more families with faults", len(left)-i))
+			break
+		}
 		r.Warn(fmt.Errorf("metrics of the command's own: %w", exposition.Explain(b, l)))
 	}
 	return families

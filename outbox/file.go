@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"syscall"
 	"time"
 
 	"github.com/promferry/promferry/internal/statedir"
@@ -47,8 +46,8 @@ func (o *Outbox) read(dir *statedir.Dir, n name) (*Entry, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	if unreadable(err) {
-		return nil, &RejectedError{fmt.Errorf("cannot be read: %w", err)}
+	if errors.Is(err, statedir.ErrNotRegular) {
+		return nil, &RejectedError{err}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read what waits: %w", err)
@@ -69,11 +68,6 @@ func (o *Outbox) read(dir *statedir.Dir, n name) (*Entry, error) {
 		return nil, damaged(dir, n, "not what its name says")
 	}
 	return e, nil
-}
-
-// unreadable tells whether err, of reading a file, will be there the next time as well.
-func unreadable(err error) bool {
-	return errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EIO) || errors.Is(err, statedir.ErrNotRegular)
 }
 
 func damaged(dir *statedir.Dir, n name, how string) error {

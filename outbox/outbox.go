@@ -150,24 +150,17 @@ func (o *Outbox) place(ctx context.Context, temp string, n name) (uint64, error)
 		return 0, err
 	}
 	defer func() { _ = lock.Close() }()
-	if n.number, err = o.next(lock); err != nil {
+	if n.number, err = o.next(lock, n); err != nil {
 		return 0, err
-	}
-	if o.dir.Has(n.String()) { // The lock file was tampered with.
-		last, err := o.last()
-		if err != nil {
-			return 0, err
-		}
-		n.number = last + 1
 	}
 	o.step("rename")
 	return n.number, o.dir.Rename(temp, n.String())
 }
 
-// next returns the number of the next entry. The lock file has the last one, and under
+// next returns the number of the next entry, which is to be called n but for that. The lock file has the last one, and under
 // which boot of the system it was written: after another boot nobody knows whether what
 // the file says had reached the disk.
-func (o *Outbox) next(lock *os.File) (uint64, error) {
+func (o *Outbox) next(lock *os.File, n name) (uint64, error) {
 	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	bootID := cmp.Or(strings.TrimSpace(string(boot)), "unknown")
 	content := make([]byte, 100)
@@ -181,7 +174,7 @@ func (o *Outbox) next(lock *os.File) (uint64, error) {
 	} else {
 		err = errors.ErrUnsupported
 	}
-	if err != nil {
+	if err != nil || o.dir.Has(name{number: last + 1, op: n.op, group: n.group}.String()) { // The latter where it was tampered with.
 		if last, err = o.last(); err != nil {
 			return 0, err
 		}
@@ -384,7 +377,10 @@ func (o *Outbox) setAside(n name, reason error) error {
 		return err
 	}
 	o.step("set aside")
-	if err := o.dir.Rename(n.String(), "rejected/"+n.String()); err != nil {
+	switch err := o.dir.Rename(n.String(), "rejected/"+n.String()); {
+	case errors.Is(err, fs.ErrNotExist): // A newer put has taken its place in the meantime.
+		return o.rejected.Remove(n.String() + reasonSuffix)
+	case err != nil:
 		return err
 	}
 	o.step("sync rejected")

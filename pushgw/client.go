@@ -179,11 +179,17 @@ func (e *StatusError) Temporary() bool { return e.Code/100 == 5 }
 // Refused tells whether the Pushgateway took offence at what was sent.
 func (e *StatusError) Refused() bool { return e.Code == http.StatusBadRequest }
 
+// httpToHTTPS matches what Go and nginx say, with a 400, when a port wants TLS: then the URL
+// is wrong and not the push.
+var httpToHTTPS = regexp.MustCompile(`HTTP request to an HTTPS server|plain HTTP request was sent to HTTPS port`)
+
 // Final tells whether the same push would be refused again, however often it is tried: for
 // what it says, its size or its format, and not for who asks or where.
 func (e *StatusError) Final() bool {
 	switch e.Code {
-	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
+	case http.StatusBadRequest:
+		return !httpToHTTPS.MatchString(e.Message)
+	case http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
 		return true
 	default:
 		return false

@@ -221,4 +221,7 @@ func TestFinal(t *testing.T) {
 			t.Errorf("%d: %v", code, got)
 		}
 	}
+	if (&pushgw.StatusError{Code: 400, Message: "Client sent an HTTP request to an HTTPS server."}).Final() {
+		t.Error("a URL with http:// for a port with TLS counts as a fault of the push")
+	}
 }

@@ -128,7 +128,6 @@ func (s *agentSettings) check() []error {
 		errs = append(errs, s.WebListenAddress.fault(fmt.Errorf("%q: want host:port, as in 127.0.0.1:9099 or :9099", safeurl.Text(s.WebListenAddress.value))))
 	}
 	errs = append(errs, twice(s.PushTargets, func(t target.Target) string { return t.Job }, "two targets have the job %q: their groups would be one")...)
-	withoutSlash := func(u gatewayURL) string { return strings.TrimRight(u.String(), "/") }
 	errs = append(errs, twice(s.PushUrls, withoutSlash, "the Pushgateway %s stands there twice")...)
 	errs = append(errs, twice(s.PushLabels, func(l label) string { return l.name }, "the label %q stands there twice")...)
 	return errs
@@ -144,7 +143,7 @@ func (s *agentSettings) schedule() forwarder.Schedule {
 
 // expiresAfter returns what each put says it is good for.
 func (s *agentSettings) expiresAfter() time.Duration {
-	if s.PushExpiresAfter.isSet() {
+	if s.PushExpiresAfter.value > 0 {
 		return time.Duration(s.PushExpiresAfter.value)
 	}
 	return s.schedule().ExpiresAfter(time.Duration(s.PushTimeout.value))
@@ -161,6 +160,9 @@ func twice[T fmt.Stringer](s *setting[list[T]], name func(T) string, format stri
 	}
 	return errs
 }
+
+// withoutSlash names a Pushgateway: a slash at the end makes no other.
+func withoutSlash(u gatewayURL) string { return strings.TrimRight(u.String(), "/") }
 
 // gatewayURL is the URL of a Pushgateway.
 type gatewayURL struct{ *url.URL }

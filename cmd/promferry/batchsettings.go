@@ -66,8 +66,11 @@ func (s *pushSettings) check() []error {
 	for _, setting := range s.all() {
 		errs = append(errs, setting.check()...)
 	}
-	withoutSlash := func(u gatewayURL) string { return strings.TrimRight(u.String(), "/") }
-	return append(errs, twice(s.PushUrls, withoutSlash, "the Pushgateway %s stands there twice")...)
+	return append(errs, s.twice()...)
+}
+
+func (s *pushSettings) twice() []error {
+	return twice(s.PushUrls, withoutSlash, "the Pushgateway %s stands there twice")
 }
 
 // courier returns a courier without an outbox. The error is in the http_config file: then
@@ -120,11 +123,15 @@ func (s *groupSettings) check() []error {
 	if s.Job.value == "" {
 		errs = append(errs, s.Job.fault(errors.New("missing: it names the group, as in --job=backup")))
 	}
-	errs = append(errs, twice(s.Labels, func(l label) string { return l.name }, "the label %q stands there twice")...)
+	errs = append(errs, s.twice()...)
 	if err := s.key().Validate(); err != nil && s.Job.value != "" {
 		errs = append(errs, err)
 	}
 	return errs
+}
+
+func (s *groupSettings) twice() []error {
+	return twice(s.Labels, func(l label) string { return l.name }, "the label %q stands there twice")
 }
 
 func (s *groupSettings) key() pushgw.GroupingKey {
@@ -161,12 +168,7 @@ func (s *jobSettings) all() []anySetting {
 // check returns all that is wrong.
 func (s *jobSettings) check() []error {
 	errs := append(s.push.check(), s.group.check()...)
-	for _, l := range s.group.Labels.value {
-		if slices.Contains(batch.OwnLabels, l.name) {
-			errs = append(errs, s.group.Labels.fault(fmt.Errorf("%q: the metrics of a job have a label %s of their own", l, l.name)))
-		}
-	}
-	return errs
+	return append(errs, s.labelFaults()[len(s.group.twice()):]...)
 }
 
 // forgive takes out what is wrong in the environment, which must not stop a job that ran
@@ -177,6 +179,42 @@ func (s *jobSettings) forgive() []error {
 		// The default would be another Pushgateway than what was meant.
 		s.push.PushUrls.value = nil
 		errs = append(errs, errors.New("no Pushgateway is known: nothing is pushed"))
+	}
+	// And what is wrong between several values, or only in a group.
+	ignored := func(faults ...error) {
+		for _, err := range faults {
+			errs = append(errs, fmt.Errorf("%w; ignored", err))
+		}
+	}
+	if urls := s.push.PushUrls; urls.fromEnvironment() {
+		ignored(s.push.twice()...)
+		seen := make(map[string]bool)
+		urls.value = slices.DeleteFunc(urls.value, func(u gatewayURL) bool {
+			again := seen[withoutSlash(u)]
+			seen[withoutSlash(u)] = true
+			return again
+		})
+	}
+	if faults := s.labelFaults(); len(faults) > 0 && s.group.Labels.fromEnvironment() {
+		ignored(faults...)
+		s.group.Labels.reset()
+	}
+	if instance := s.group.Instance; instance.fromEnvironment() {
+		if err := pushgw.ValidateLabel(model.InstanceLabel, instance.value); err != nil {
+			ignored(instance.fault(err))
+			instance.reset()
+		}
+	}
+	return errs
+}
+
+// labelFaults returns what is wrong with the labels together.
+func (s *jobSettings) labelFaults() []error {
+	errs := s.group.twice()
+	for _, l := range s.group.Labels.value {
+		if slices.Contains(batch.OwnLabels, l.name) {
+			errs = append(errs, s.group.Labels.fault(fmt.Errorf("%q: the metrics of a job have a label %s of their own", l, l.name)))
+		}
 	}
 	return errs
 }

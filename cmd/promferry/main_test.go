@@ -105,13 +105,17 @@ func waitFor(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// sendSignal sends a signal to the process whose PID a file has: signal HUP FILE.
+// sendSignal sends a signal to the process whose PID a file has, or to the group that it
+// leads: signal HUP FILE [group].
 func sendSignal(ts *testscript.TestScript, _ bool, args []string) {
 	var pid int
 	if _, err := fmt.Sscan(ts.ReadFile(args[1]), &pid); err != nil {
 		ts.Fatalf("PID: %v", err)
 	}
 	sig := unix.SignalNum("SIG" + args[0])
+	if len(args) > 2 { // To all of the group that it leads.
+		pid = -pid
+	}
 	ts.Check(syscall.Kill(pid, sig))
 }
 

@@ -48,11 +48,11 @@ func (p *pushCommand) run(in *invocation) (int, error) {
 	if err := checkPush(in, "push", p.push, p.group); err != nil {
 		return 0, err
 	}
-	ctx := in.context()
 	sources, err := readSources(in.stdin, p.files)
 	if err != nil {
 		return 0, err
 	}
+	ctx := in.context() // A signal while it reads ends it at once.
 	families, err := sources.check(ctx, p.group.key())
 	if err != nil {
 		return 0, fmt.Errorf("nothing was pushed: %w", err)
@@ -123,7 +123,7 @@ func deliver(ctx context.Context, in *invocation, who string, s *pushSettings, p
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(s.PushTimeout.value))
 	defer cancel()
 	status := 0
-	for _, err := range parcel.Deliver(ctx) {
+	for _, err := range parcel.Deliver(ctx, nil) {
 		warn(err)
 		if u, ok := errors.AsType[*batch.UndeliveredError](err); ok && u.Fate != batch.Kept {
 			status = exitFailed

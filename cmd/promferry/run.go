@@ -90,10 +90,10 @@ func (r *runCommand) run(in *invocation) (int, error) {
 }
 
 // forwarded returns the signals that are passed on: all that can be caught, less those that
-// were ignored when we were started, as by nohup(1), so that they are for the command too;
-// that tell of our own children, memory and scheduling; and that stop for job control,
-// which a terminal sends to the whole group. SIGPIPE is caught so that a closed stderr
-// does not end us; SIGCONT needs no passing on where it was the group's.
+// tell of our own children, memory and scheduling, and those that stop for job control, which
+// a terminal sends to the whole group. SIGHUP and SIGINT are not taken where they were ignored
+// when we were started, as by nohup(1), so that they are for the command too; of other signals
+// Go's runtime does not tell. SIGPIPE is caught so that a closed stderr does not end us.
 func forwarded() []os.Signal {
 	var signals []os.Signal
 	for number := 1; number <= 64; number++ { // SIGRTMAX

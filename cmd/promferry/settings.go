@@ -114,12 +114,18 @@ func (s *setting[T]) check() []error { return s.errs }
 // returns what is wrong with it.
 func (s *setting[T]) forgive() []error {
 	errs := s.errs
-	if len(errs) == 0 || s.from != s.env() {
+	if len(errs) == 0 || !s.fromEnvironment() {
 		return nil
 	}
-	s.value, s.from, s.errs = s.fallback, "", nil
+	s.reset()
 	return errs
 }
+
+// fromEnvironment tells whether the value comes from the variable.
+func (s *setting[T]) fromEnvironment() bool { return s.from == s.env() }
+
+// reset makes it the default again.
+func (s *setting[T]) reset() { s.value, s.from, s.errs = s.fallback, "", nil }
 
 // String returns the value in force, for --help.
 func (s *setting[T]) String() string {
