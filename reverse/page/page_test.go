@@ -339,19 +339,19 @@ func TestProxyPage(t *testing.T) {
 		rows[shown(body)[0]] = saying(body.all(named("tr")))
 	}
 	for name, want := range map[string][]string{
-		"fine": {"fine 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy since 3 h ago job0 http://fine:9100/metrics 12 s ago 34 ms 200 ok"},
+		"fine": {"fine 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://fine:9100/metrics 12 s ago 34 ms 200 ok"},
 		"failing": { // what fails comes first here, too
-			"failing 192.0.2.7 · 1.2.3 · dc=x env=prod instance front PTTH, 2 lines, 1 busy since 3 h ago job1 http://failing:9101/metrics 2 min ago 1.23 s 502 target_down",
+			"failing 192.0.2.7 · 1.2.3 · dc=x env=prod instance front PTTH, 2 lines, 1 busy for 3 h job1 http://failing:9101/metrics 2 min ago 1.23 s 502 target_down",
 			"job0 http://failing:9100/metrics 12 s ago 34 ms 200 ok",
 			"something else 12 s ago 34 ms 200 ok",
 		},
-		"broken":    {"broken 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy since 3 h ago job0 http://broken:9100/metrics now 0.0 ms 500 from target"},
-		"legacy":    {"legacy 192.0.2.7 PushProx, 2 lines, 1 busy since 3 h ago announced nothing 2 min ago 1.23 s 502 target_down"},
+		"broken":    {"broken 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://broken:9100/metrics now 0.0 ms 500 from target"},
+		"legacy":    {"legacy 192.0.2.7 PushProx, 2 lines, 1 busy for 3 h announced nothing 2 min ago 1.23 s 502 target_down"},
 		"away":      {"away 192.0.2.7 · 1.2.3 away 5 min ago was PTTH job0 http://away:9100/metrics 12 s ago 34 ms 200 ok"},
 		"gone":      {"gone 192.0.2.7 · 1.2.3 stopped 2 d ago was PTTH job0 http://gone:9100/metrics 12 s ago 34 ms 200 ok"},
-		"crowded":   {"crowded 2 processes 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy since 3 h ago job0 http://crowded:9100/metrics 12 s ago 34 ms 200 ok"},
-		"duplicate": {"duplicate 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy since 3 h ago job0 http://duplicate:9100/metrics duplicate 12 s ago 34 ms 200 ok"},
-		"unscraped": {"unscraped 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy since 3 h ago job0 http://unscraped:9100/metrics not scraped yet"},
+		"crowded":   {"crowded 2 processes 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://crowded:9100/metrics 12 s ago 34 ms 200 ok"},
+		"duplicate": {"duplicate 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://duplicate:9100/metrics duplicate 12 s ago 34 ms 200 ok"},
+		"unscraped": {"unscraped 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://unscraped:9100/metrics not scraped yet"},
 	} {
 		if !slices.Equal(rows[name], want) {
 			t.Errorf("rows %q\nwant %q", rows[name], want)
@@ -368,7 +368,7 @@ func TestProxyPage(t *testing.T) {
 		}
 	}
 	moment := page.all(class("failing"))[0].all(named("time"))[0]
-	if moment.attrs["datetime"] != "2026-03-09T10:30:05Z" || moment.attrs["title"] != "2026-03-09 10:30:05 UTC" || moment.says() != "3 h ago" {
+	if moment.attrs["datetime"] != "2026-03-09T10:30:05Z" || moment.attrs["title"] != "since 2026-03-09 10:30:05 UTC" || moment.says() != "3 h" {
 		t.Errorf("broken's line is since %v %q", moment.attrs, moment.says())
 	}
 
@@ -609,6 +609,9 @@ func TestAgo(t *testing.T) {
 			t.Errorf("%v: %q, want %q", d, got, want)
 		}
 	}
+	if got := age(-time.Second); got != "0 s" {
+		t.Errorf("an age ahead: %q, want 0 s", got)
+	}
 	for d, want := range map[time.Duration]string{
 		0:                       "0.0 ms",
 		1260 * time.Microsecond: "1.3 ms",
@@ -641,8 +644,8 @@ func TestAgentPage(t *testing.T) {
 		rows = append(rows, saying(body.all(named("tr")))...)
 	}
 	want := []string{
-		"https://a.example.org long-poll, 1 line since 1 min ago",
-		"https://b.example.org not connected since 1 h ago connection refused",
+		"https://a.example.org long-poll, 1 line for 1 min",
+		"https://b.example.org not connected for 1 h connection refused",
 		"https://c.example.org not connected",
 		"job0 http://web-1:9100/metrics 12 s ago 34 ms 200 ok",
 		"job1 http://web-1:9101/metrics 2 min ago 1.23 s 502 target_down",

@@ -82,8 +82,8 @@ type moment struct {
 	// Machine and Absolute are the time in UTC, for programs and for people; Machine is ""
 	// when there is no time.
 	Machine, Absolute string
-	// Ago is how long ago that was.
-	Ago string
+	// Ago is how long ago that was, Age the same as a span of time.
+	Ago, Age string
 }
 
 func momentOf(t, now time.Time) moment {
@@ -91,22 +91,28 @@ func momentOf(t, now time.Time) moment {
 		return moment{}
 	}
 	utc := t.UTC()
-	return moment{Machine: utc.Format(time.RFC3339), Absolute: utc.Format("2006-01-02 15:04:05 UTC"), Ago: ago(now.Sub(t))}
+	return moment{Machine: utc.Format(time.RFC3339), Absolute: utc.Format("2006-01-02 15:04:05 UTC"), Ago: ago(now.Sub(t)), Age: age(now.Sub(t))}
 }
 
-// ago says an age with the unit that a glance needs. What lies ahead, for clocks differ, is now.
+// ago says how long ago something was. What lies ahead, for clocks differ, is now.
 func ago(d time.Duration) string {
-	switch {
-	case d < time.Second:
+	if d < time.Second {
 		return "now"
-	case d < time.Minute:
-		return fmt.Sprintf("%d s ago", d/time.Second)
-	case d < time.Hour:
-		return fmt.Sprintf("%d min ago", d/time.Minute)
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%d h ago", d/time.Hour)
 	}
-	return fmt.Sprintf("%d d ago", d/(24*time.Hour))
+	return age(d) + " ago"
+}
+
+// age says a span of time with the unit that a glance needs.
+func age(d time.Duration) string {
+	switch d = max(d, 0); {
+	case d < time.Minute:
+		return fmt.Sprintf("%d s", d/time.Second)
+	case d < time.Hour:
+		return fmt.Sprintf("%d min", d/time.Minute)
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", d/time.Hour)
+	}
+	return fmt.Sprintf("%d d", d/(24*time.Hour))
 }
 
 // took says how long a scrape took.
