@@ -21,6 +21,7 @@ import (
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
 	"github.com/promferry/promferry/reverse/longpoll"
+	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/reverse/ptth"
 )
 
@@ -144,6 +145,11 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	own := http.NewServeMux()
 	own.Handle("/-/", admin)
 	own.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
+	own.Handle("GET /{$}", page.Proxy(func() reverse.ProxyStatus {
+		status := d.clients.Status()
+		status.Version = version.Version
+		return status
+	}))
 	own.HandleFunc("GET /sd", d.clients.Discovery)
 	own.Handle("GET /clients", d.clients.ListClients(time.Duration(s.RegistrationTimeout.value)))
 	if s.ClientListenAddress.value == "" {
