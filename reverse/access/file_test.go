@@ -3,7 +3,6 @@ package access_test
 import (
 	"bytes"
 	"errors"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -164,7 +163,7 @@ func FuzzFile(f *testing.F) {
 	f.Fuzz(func(t *testing.T, content []byte) {
 		path := filepath.Join(t.TempDir(), "auth.yml")
 		write(t, path, string(content))
-		g, err := access.New(path, slog.New(slog.NewTextHandler(io.Discard, nil)), prometheus.NewRegistry())
+		g, err := access.New(path, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 		if err != nil {
 			return
 		}

@@ -167,7 +167,8 @@ func TestCredentialsFile(t *testing.T) {
 	}
 }
 
-// PushProx's client resolves "poll" against --proxy-url and posts there.
+// PushProx's client calls a URL with the user-info of its --proxy-url, which net/http makes
+// a header of.
 func TestPushProxURL(t *testing.T) {
 	g := newGuard(t, example)
 	hub := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -177,13 +178,8 @@ func TestPushProxURL(t *testing.T) {
 	defer hub.Close()
 	host := strings.TrimPrefix(hub.URL, "http://")
 	for userInfo, want := range map[string]string{"any:web-new@": "200 OK", "any:x@": "401 Unauthorized"} {
-		resp, err := http.Post("http://"+userInfo+host+"/poll", "", strings.NewReader("web-1.example.org"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = resp.Body.Close()
-		if resp.Status != want {
-			t.Errorf("%s: %s", userInfo, resp.Status)
+		if got := do(t, hub.Client(), "http://"+userInfo+host+"/poll"); got != want {
+			t.Errorf("%s: %s", userInfo, got)
 		}
 	}
 }
