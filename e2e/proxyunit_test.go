@@ -5,6 +5,9 @@ package e2e
 import (
 	"context"
 	"errors"
+	"io"
+	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -59,27 +62,52 @@ func TestProxyUnderSystemd(t *testing.T) {
 			return nil
 		})
 	}
+	hub := "http://127.0.0.1:8080"
+	through := n.Client().Transport.(*http.Transport).Clone()
+	through.Proxy = func(*http.Request) (*url.URL, error) { return url.Parse(hub) }
+	fetch := func(transport http.RoundTripper, address string) (string, error) {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, address, nil)
+		if err != nil {
+			return "", err
+		}
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		return string(b), err
+	}
+	answers := func(what, want string, transport http.RoundTripper, address string) {
+		t.Helper()
+		wait(t, what, func(context.Context) error {
+			if out, err := fetch(transport, address); err != nil || !strings.Contains(out, want) {
+				return errors.Join(err, errors.New(out))
+			}
+			return nil
+		})
+	}
+	direct := n.Client().Transport
 	// With a proxy and no target named, node_exporter is what it may scrape.
-	has("service discovery", `[{"targets":["web-1:9100"],"labels":{"__metrics_path__":"/metrics","instance":"web-1","job":"node"}}]`,
-		"curl", "-s", "http://127.0.0.1:8080/sd")
-	has("the scrape", "node_exporter_build_info", "curl", "-s", "-x", "http://127.0.0.1:8080", "http://web-1:9100/metrics")
+	answers("service discovery", `[{"targets":["web-1:9100"],"labels":{"__metrics_path__":"/metrics","instance":"web-1","job":"node"}}]`, direct, hub+"/sd")
+	answers("the scrape", "node_exporter_build_info", through, "http://web-1:9100/metrics")
 	has("the proxy's status", `Status: "1 clients connected, 0 away"`, "systemctl", "status", "--no-pager", proxyUnit)
 	has("the agent's status", "Connected to 1 of 1 proxies", "systemctl", "status", "--no-pager", agentUnit)
 
 	n.MustRun(t, "systemctl", "reload", proxyUnit)
-	has("the reload", `promferry_proxy_reloads_total{outcome="success"} 1`, "curl", "-s", "http://127.0.0.1:8080/metrics")
+	answers("the reload", `promferry_proxy_reloads_total{outcome="success"} 1`, direct, hub+"/metrics")
 	// A restart forgets nothing, and costs no client.
 	n.MustRun(t, "systemctl", "restart", proxyUnit)
-	has("service discovery after a restart", "web-1:9100", "curl", "-s", "http://127.0.0.1:8080/sd")
-	has("the scrape after a restart", "node_exporter_build_info", "curl", "-s", "-x", "http://127.0.0.1:8080", "http://web-1:9100/metrics")
+	answers("service discovery after a restart", "web-1:9100", direct, hub+"/sd")
+	answers("the scrape after a restart", "node_exporter_build_info", through, "http://web-1:9100/metrics")
 
 	// An agent that stops is away at once, and stays listed.
 	n.MustRun(t, "systemctl", "stop", agentUnit)
-	out := n.MustRun(t, "curl", "-s", "-x", "http://127.0.0.1:8080", "http://web-1:9100/metrics")
-	if !strings.Contains(out, "not connected") {
-		t.Errorf("after the agent's stop: %s", out)
+	out, err := fetch(through, "http://web-1:9100/metrics")
+	if err != nil || !strings.Contains(out, "not connected") {
+		t.Errorf("after the agent's stop: %v: %s", err, out)
 	}
-	has("service discovery after the agent's stop", "web-1:9100", "curl", "-s", "http://127.0.0.1:8080/sd")
+	answers("service discovery after the agent's stop", "web-1:9100", direct, hub+"/sd")
 	n.MustRun(t, "systemctl", "stop", proxyUnit)
 	if out := n.MustRun(t, "systemctl", "show", "--property=Result", proxyUnit); strings.TrimSpace(out) != "Result=success" {
 		t.Errorf("after the stop: %s", out)
