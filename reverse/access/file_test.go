@@ -187,7 +187,7 @@ func FuzzFile(f *testing.F) {
 
 // What the documentation shows is taken, and what it says of it is so.
 func TestFileOfDocumentation(t *testing.T) {
-	text, err := os.ReadFile("../../docs/auth-draft.md")
+	text, err := os.ReadFile("../../docs/authentication.md")
 	if err != nil {
 		t.Fatal(err)
 	}
