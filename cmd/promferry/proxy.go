@@ -87,6 +87,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	if err := faults(errs); err != nil {
 		return err
 	}
+	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value, s.ClientConfigFile.value}})
 	dir, err := statedir.Open(s.StateDir.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
