@@ -188,7 +188,7 @@ func TestAnswers(t *testing.T) {
 		"refused": {func(*http.Request) (*http.Response, error) {
 			return nil, &net.OpError{Op: "dial", Err: fmt.Errorf("connection refused")}
 		}, "502 target_down"},
-		"slow": {func(r *http.Request) (*http.Response, error) {
+		"slow": {func(*http.Request) (*http.Response, error) {
 			return nil, context.DeadlineExceeded
 		}, "504 timeout"},
 		"large": {func(*http.Request) (*http.Response, error) { return body("", 101) }, "413 too_large"},

@@ -169,7 +169,7 @@ func TestProgress(t *testing.T) {
 		h := hello("web-1", sessionA)
 		h.Kind = KindPushProx
 		var scrapes sync.WaitGroup
-		s, l := join(t, r, h)
+		join(t, r, h)
 		for range 20 {
 			scrapes.Go(func() {
 				lease, err := r.Lease(t.Context(), "web-1")
@@ -183,7 +183,7 @@ func TestProgress(t *testing.T) {
 		}
 		for range 19 {
 			time.Sleep(100 * time.Millisecond) //nolint:forbidigo // The round trip, in the bubble.
-			if s, l = join(t, r, h); s.Take(l) {
+			if s, l := join(t, r, h); s.Take(l) {
 				t.Fatal("nobody waits")
 			}
 		}

@@ -39,6 +39,9 @@ const (
 	goodbyeTimeout = 2 * time.Second
 	// maxSilent is how often in a row an upgrade may have been of no use before PTTH is given up.
 	maxSilent = 2
+	// takenAfter is how long all lines are in use before another one is opened: most scrapes
+	// are over by then, and who waits for a line at the proxy still does.
+	takenAfter = 100 * time.Millisecond
 	// retryPTTH is how often it is tried again where it could not be had.
 	retryPTTH = 10 * time.Minute
 	// heldAfter is how long a poll is open before it counts as a line: a proxy that does not
@@ -391,8 +394,19 @@ func (l *Link) use(begins bool) {
 		l.busy--
 		return
 	}
-	l.busy++
-	if l.busy >= l.slots && l.slots < maxLines {
+	if l.busy++; l.allTaken() {
+		time.AfterFunc(takenAfter, l.grow)
+	}
+}
+
+// allTaken tells whether another line would be of use.
+func (l *Link) allTaken() bool { return l.busy >= l.slots && l.slots < maxLines }
+
+// grow asks for another line, if all are still taken.
+func (l *Link) grow() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.allTaken() {
 		select {
 		case l.more <- struct{}{}:
 		default:

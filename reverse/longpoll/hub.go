@@ -484,9 +484,10 @@ type scrape struct {
 	once    sync.Once
 }
 
-// lost ends the scrapes of a session that has no poll any more: the client is gone.
+// lost ends the scrapes of a session that has no poll any more: the client is gone. One that
+// has said goodbye still responds.
 func (h *Hub) lost(s *reverse.Session) {
-	if s.Lines() > 0 {
+	if s.Lines() > 0 || s.Leaving() {
 		return
 	}
 	h.mu.Lock()
