@@ -401,7 +401,7 @@ func TestPull(t *testing.T) {
 			arrives(t)
 			waitQuery(t, prometheus, "scrape_duration_seconds"+node+" > 0 < 1", above(0))
 			waitEnded(t, prometheus, `{__name__=~"exported_.*"}`)
-			waitEnded(t, prometheus, `{job!~"node|app"}`)
+			waitEnded(t, prometheus, `{__name__!="",job!~"node|app"}`)
 			waitListed(t, proxy, "app of web-1", "node of web-1")
 			proxy.waitSum(t, above(0), "promferry_proxy_lines", "kind", "ptth")
 			proxy.waitSum(t, exactly(1), "promferry_proxy_clients", "state", "connected")
@@ -675,6 +675,38 @@ func TestPullProxyDrains(t *testing.T) {
 	waitQuery(t, prometheus, `max_over_time(up{job="slow"}[10m])`, exactly(1))
 }
 
+// TestPullAgentDrains shows that an agent that is stopped in the middle of a scrape ends it
+// well, and that the proxy knows at once not to send it another.
+func TestPullAgentDrains(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	slow := hold("drained 1\n")
+	serveIn(t, lab.Worker, appAddr, slow)
+	startProxy(t, lab)
+	client := startClient(t, lab, []string{"slow=http://" + appAddr + "/metrics"})
+	prometheus := startPrometheusIn(t, lab.Hub, prometheusAddr, discovered+"  scrape_interval: 10s\n  scrape_timeout: 10s\n")
+
+	await(t, "Prometheus's scrape", slow.began)
+	if err := client.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "that the proxy knows", func(context.Context) error {
+		got := scrape(t, lab, "http://web-1:9/metrics", time.Minute)
+		if got.status == http.StatusServiceUnavailable && got.reason == "client_away" {
+			return nil
+		}
+		return fmt.Errorf("a new scrape: %+v", got)
+	})
+	select {
+	case slow.end <- struct{}{}:
+	case <-time.After(patience):
+		t.Fatal("the scrape was given up")
+	}
+	client.waitEnd(t)
+	waitQuery(t, prometheus, `max_over_time(drained[10m])`, exactly(1))
+	waitQuery(t, prometheus, `max_over_time(up{job="slow"}[10m])`, exactly(1))
+}
+
 // TestPullProxyRestart shows that a restart of the proxy costs Prometheus none of its targets,
 // however long the clients take to come back.
 func TestPullProxyRestart(t *testing.T) {
@@ -726,6 +758,15 @@ func TestPullProxyRestart(t *testing.T) {
 	waitListed(t, proxy, "app of web-1")
 	waitScraped(t, prometheus, `{job="app",instance="web-1"}`, since)
 	still()
+
+	// One that said goodbye is not waited for.
+	for _, d := range []*daemon{client, proxy} {
+		if err := d.Stop(); err != nil {
+			t.Error(err)
+		}
+	}
+	proxy.restart(t)
+	waitListed(t, proxy, "app of web-1")
 }
 
 // prometheusSum waits until one of Prometheus's own counters has grown by more.
