@@ -67,7 +67,10 @@ func startDaemon(t *testing.T, node *natlab.Node, addr, command string, flags ..
 // startProxy starts a proxy that has a heartbeat each second unless flags say otherwise.
 func startProxy(t *testing.T, lab *natlab.Lab, flags ...string) *daemon {
 	t.Helper()
-	return startDaemon(t, lab.Hub, proxyAddr, "proxy", append([]string{"--heartbeat=1s"}, flags...)...)
+	if !hasFlag(flags, "--heartbeat=") {
+		flags = append(flags, "--heartbeat=1s")
+	}
+	return startDaemon(t, lab.Hub, proxyAddr, "proxy", flags...)
 }
 
 // startClient starts the agent of web-1 with these pull targets, given as job=URL.
@@ -77,10 +80,14 @@ func startClient(t *testing.T, lab *natlab.Lab, targets []string, flags ...strin
 	for _, target := range targets {
 		all = append(all, "--pull.target="+target)
 	}
-	if !slices.ContainsFunc(flags, func(flag string) bool { return strings.HasPrefix(flag, "--proxy-url=") }) {
+	if !hasFlag(flags, "--proxy-url=") {
 		all = append(all, "--proxy-url=http://"+proxyAddr)
 	}
 	return startDaemon(t, lab.Worker, "127.0.0.1:9099", "agent", append(all, flags...)...)
+}
+
+func hasFlag(flags []string, flag string) bool {
+	return slices.ContainsFunc(flags, func(f string) bool { return strings.HasPrefix(f, flag) })
 }
 
 // waitSum waits until the sum of those series of one of the daemon's own metrics that have
@@ -798,13 +805,11 @@ func TestPullSettles(t *testing.T) {
 	client := startClient(t, lab, []string{"app=http://" + appAddr + "/metrics"})
 	waitListed(t, proxy, "app of web-1")
 	wait(t, "the proxy saves what it knows", func(context.Context) error {
-		files, _ := filepath.Glob(filepath.Join(proxy.stateDir, "*"))
-		for _, file := range files {
-			if b, _ := os.ReadFile(file); strings.Contains(string(b), "web-1") {
-				return nil
-			}
+		b, err := os.ReadFile(filepath.Join(proxy.stateDir, "clients.json"))
+		if err == nil && !strings.Contains(string(b), "web-1") {
+			err = fmt.Errorf("no client in %s", b)
 		}
-		return fmt.Errorf("%q do not name the client", files)
+		return err
 	})
 	client.Kill()
 	proxy.Kill()
