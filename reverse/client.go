@@ -192,8 +192,10 @@ func (c *Client) route(r *http.Request) (route, *failure) {
 		return bad("a scrape has no body")
 	}
 	to.shown = safeurl.String(r.URL)
-	denied := &failure{status: http.StatusForbidden, result: "not_allowed",
-		text: fmt.Sprintf("%s is no pull target of this client, and not allowed by its --pull.allow", to.shown)}
+	denied := &failure{
+		status: http.StatusForbidden, result: "not_allowed",
+		text: fmt.Sprintf("%s is no pull target of this client, and not allowed by its --pull.allow", to.shown),
+	}
 	if r.URL.Hostname() != c.cfg.Name || r.URL.User != nil {
 		return to, denied
 	}

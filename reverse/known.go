@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/maphash"
+	"slices"
 	"time"
 )
 
@@ -132,8 +133,8 @@ func (r *Registry) settle() {
 func (r *Registry) sweep() {
 	for _, c := range r.all() {
 		c.mu.Lock()
-		for i := len(c.sessions) - 1; i >= 0; i-- {
-			if s := c.sessions[i]; s.lines == 0 && time.Since(s.empty) >= linger {
+		for _, s := range slices.Clone(c.sessions) {
+			if s.lines == 0 && time.Since(s.empty) >= linger {
 				s.end()
 			}
 		}

@@ -34,6 +34,8 @@ var (
 	ErrClientLimit = errors.New("too many scrapes of this client at a time")
 	// ErrNotSent: the line had ended before the request was sent.
 	ErrNotSent = errors.New("the line ended before the request was sent")
+	// ErrNoTunnel: the line is for scrapes only.
+	ErrNoTunnel = errors.New("connected by long-poll, which has no CONNECT: set params {_scheme: [https]} and scheme: http")
 	// ErrGone: the line ended with the request on its way.
 	ErrGone = errors.New("the line to the client ended in the middle")
 )

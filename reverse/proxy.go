@@ -212,6 +212,8 @@ func (p *Proxy) explain(ctx context.Context, r *http.Request, err error) *failur
 		f.result, f.retry = "no_free_line", true
 	case errors.Is(err, ErrClientLimit):
 		f.status, f.result = http.StatusTooManyRequests, "client_limit"
+	case errors.Is(err, ErrNoTunnel):
+		f.status, f.result = http.StatusNotImplemented, "no_tunnel"
 	case errors.Is(err, ErrGone):
 		f.result = "client_gone"
 	default:

@@ -193,3 +193,10 @@ func (r *Registry) Goodbye(h Hello) {
 		c.waiting = nil
 	}
 }
+
+// Lines returns how many lines there are.
+func (s *Session) Lines() int {
+	s.client.mu.Lock()
+	defer s.client.mu.Unlock()
+	return s.lines
+}

@@ -20,6 +20,7 @@ import (
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/longpoll"
 	"github.com/promferry/promferry/reverse/ptth"
 )
 
@@ -98,6 +99,10 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return fmt.Errorf("%s: %w", dir.Path(knownClientsFile), err)
 	}
 	hub := ptth.NewHub(ptth.HubConfig{Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value), Logger: logger, Registerer: registry})
+	polls := longpoll.NewHub(longpoll.HubConfig{
+		Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value), MaxBytes: int64(s.ScrapeMaxBytes.value),
+		Logger: logger, Registerer: registry,
+	})
 	proxy := reverse.NewProxy(reverse.ProxyConfig{
 		Registry:   clients,
 		MaxTimeout: time.Duration(s.ScrapeMaxTimeout.value), DefaultTimeout: time.Duration(s.ScrapeDefaultTimeout.value),
@@ -110,7 +115,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 
-	d := &proxyDaemon{settings: s, clients: clients, hub: hub, proxy: proxy, logger: logger, notifier: notifier, reloader: r}
+	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, logger: logger, notifier: notifier, reloader: r}
 	return d.run(ctx, registry)
 }
 
@@ -119,6 +124,7 @@ type proxyDaemon struct {
 	settings *proxySettings
 	clients  *reverse.Registry
 	hub      *ptth.Hub
+	polls    *longpoll.Hub
 	proxy    *reverse.Proxy
 	logger   *slog.Logger
 	notifier *notifier
@@ -128,7 +134,12 @@ type proxyDaemon struct {
 func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) error {
 	s := d.settings
 	forClients := http.NewServeMux()
-	forClients.Handle("/ptth", d.hub)
+	lines := func(mux *http.ServeMux) {
+		mux.Handle("/ptth", d.hub)
+		mux.HandleFunc("/poll", d.polls.Poll)
+		mux.HandleFunc("/push", d.polls.Push)
+	}
+	lines(forClients)
 	admin := newAdmin("proxy", d.reloader.reload)
 	own := http.NewServeMux()
 	own.Handle("/-/", admin)
@@ -136,7 +147,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	own.HandleFunc("GET /sd", d.clients.Discovery)
 	own.Handle("GET /clients", d.clients.ListClients(time.Duration(s.RegistrationTimeout.value)))
 	if s.ClientListenAddress.value == "" {
-		own.Handle("/ptth", d.hub)
+		lines(own)
 	}
 	protected := http.NewCrossOriginProtection().Handler(own)
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -161,7 +172,9 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.address.name(), err)
 		}
-		servers = append(servers, newServer(listener, f.config.value, handlers[i], d.logger))
+		server := newServer(listener, f.config.value, longpoll.RestoreTLS(handlers[i]), d.logger)
+		server.http.ConnContext = longpoll.ConnContext
+		servers = append(servers, server)
 	}
 
 	d.logger.Info("Starting promferry proxy", "version", version.Version, "state_dir", s.StateDir.value)
@@ -172,6 +185,14 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	for _, server := range servers {
 		group.Go(func() error { return server.Run(serveCtx) })
 	}
+	group.Go(func() error {
+		// The last one is where clients come.
+		if err := servers[len(servers)-1].http.Serve(d.polls); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	})
+	group.Go(func() error { return d.polls.Run(serveCtx) })
 	group.Go(func() error { return d.hub.Run(serveCtx) })
 	group.Go(func() error { return d.clients.Run(serveCtx) })
 	group.Go(func() error { return d.reloader.Run(groupCtx) })
@@ -214,6 +235,7 @@ func (d *proxyDaemon) drain(ctx context.Context) {
 	d.proxy.Stopping()
 	d.clients.Stopping()
 	d.hub.Move()
+	d.polls.Move()
 	limit := time.After(drainBudget)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

@@ -19,6 +19,7 @@ import (
 	"github.com/promferry/promferry/internal/faultlog"
 	"github.com/promferry/promferry/internal/safeurl"
 	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/longpoll"
 	"github.com/promferry/promferry/reverse/ptth"
 )
 
@@ -38,6 +39,11 @@ const (
 	goodbyeTimeout = 2 * time.Second
 	// maxSilent is how often in a row an upgrade may have been of no use before PTTH is given up.
 	maxSilent = 2
+	// retryPTTH is how often it is tried again where it could not be had.
+	retryPTTH = 10 * time.Minute
+	// heldAfter is how long a poll is open before it counts as a line: a proxy that does not
+	// want it says so sooner.
+	heldAfter = time.Second
 )
 
 // Config is what a Link works with.
@@ -113,10 +119,149 @@ func (l *Link) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			break
 		}
-		l.faults.Failed(ctx, "No line", err)
-		l.pause(ctx, maxDelay)
+		l.cfg.Logger.Info("No PTTH to this proxy, polling it", "proxy", l.name, "err", err)
+		l.longPoll(ctx)
 	}
 	return nil
+}
+
+// longPoll polls the proxy until ctx ends, or it turns out that PTTH can be had again.
+func (l *Link) longPoll(ctx context.Context) {
+	l.mu.Lock()
+	l.kind, l.slots, l.lines, l.busy = reverse.KindPushProx, 0, 0, 0
+	l.mu.Unlock()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	scrapes, giveUp := context.WithCancel(context.WithoutCancel(ctx))
+	defer giveUp()
+	p := &longpoll.Poller{
+		URL: l.cfg.URL, HTTP: l.cfg.HTTP, Name: l.cfg.Header.Get(reverse.HeaderClient), Header: l.cfg.Header, Logger: l.cfg.Logger,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			l.count(1)
+			defer l.count(-1)
+			l.cfg.Handler.ServeHTTP(w, r)
+		}),
+		Responded: func(err error) {
+			if err != nil {
+				l.cfg.Metrics.failures.WithLabelValues(l.name, "response").Inc()
+			}
+		},
+	}
+	var polling sync.WaitGroup
+	// Several polls at a time only where the proxy has said that it is ours.
+	ours := make(chan struct{})
+	var once sync.Once
+	poll := func() {
+		l.poll(ctx, scrapes, p, func() { once.Do(func() { close(ours) }) })
+	}
+	polling.Go(poll)
+	polling.Go(func() {
+		select {
+		case <-ours:
+			l.setKind(reverse.KindLongPoll)
+			for range min(max(l.cfg.Targets, 1), maxSpare) - 1 {
+				polling.Go(poll)
+			}
+		case <-ctx.Done():
+		}
+	})
+	for again := time.NewTicker(retryPTTH); ; {
+		select {
+		case <-again.C:
+			line, err := l.dialer.Open(ctx)
+			if err != nil {
+				continue
+			}
+			line.Close()
+			stop()
+		case <-ctx.Done():
+			again.Stop()
+			polling.Wait()
+			timer := time.AfterFunc(l.cfg.Drain, giveUp)
+			p.Wait()
+			timer.Stop()
+			return
+		}
+	}
+}
+
+// poll keeps one poll open until ctx ends.
+func (l *Link) poll(ctx, scrapes context.Context, p *longpoll.Poller, ours func()) {
+	connected := false
+	up := func() {
+		l.mu.Lock()
+		fresh := !connected
+		connected = true
+		l.mu.Unlock()
+		if fresh {
+			l.opened()
+		}
+	}
+	down := func(err error) {
+		l.mu.Lock()
+		was := connected
+		connected = false
+		l.mu.Unlock()
+		if was {
+			l.closed(err)
+		}
+	}
+	defer down(nil)
+	heartbeat := time.Duration(0)
+	for attempt := 0; ctx.Err() == nil; {
+		pollCtx, cancel := context.WithCancel(ctx)
+		if heartbeat > 0 {
+			cancel()
+			pollCtx, cancel = context.WithTimeout(ctx, 2*heartbeat)
+		}
+		began := time.Now()
+		held := time.AfterFunc(heldAfter, up)
+		a, err := p.Poll(pollCtx)
+		cancel()
+		held.Stop()
+		delay := time.Duration(0)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			up()
+			if heartbeat = a.Heartbeat; heartbeat > 0 {
+				ours()
+			}
+			p.Start(scrapes, a)
+			if !a.Displaced || time.Since(began) > heldAfter {
+				attempt = 0
+				continue
+			}
+			// Another client of this name polls as well: not as fast as can be.
+			err = errors.New("another client polls under this name")
+		}
+		down(err)
+		_ = l.failed(ctx, err)
+		delay = l.delay(attempt, err)
+		attempt++
+		l.pause(ctx, delay)
+	}
+}
+
+func (l *Link) setKind(kind string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.kind = kind
+}
+
+func (l *Link) count(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.busy += n
+}
+
+// delay returns how long to wait after a fault.
+func (l *Link) delay(attempt int, err error) time.Duration {
+	if refusal, ok := errors.AsType[*reverse.Refusal](err); ok && refusal.RetryAfter > 0 {
+		return refusal.RetryAfter + backoff.Delay(0, refusal.RetryAfter, maxDelay)
+	}
+	return backoff.Delay(attempt, firstDelay, maxDelay)
 }
 
 func (l *Link) goodbye(ctx context.Context) {
@@ -198,11 +343,7 @@ func (l *Link) hold(ctx context.Context, keep bool, works func()) error {
 		if err := l.failed(ctx, err); err != nil {
 			return err
 		}
-		delay := backoff.Delay(attempt, firstDelay, maxDelay)
-		if refusal, ok := errors.AsType[*reverse.Refusal](err); ok && refusal.RetryAfter > 0 {
-			delay = refusal.RetryAfter + backoff.Delay(0, refusal.RetryAfter, maxDelay)
-		}
-		l.pause(ctx, delay)
+		l.pause(ctx, l.delay(attempt, err))
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -335,7 +476,7 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 func (m *Metrics) start(proxy string) {
 	m.lines.WithLabelValues(proxy)
 	m.connects.WithLabelValues(proxy)
-	for _, reason := range []string{"connect", "silent", "unauthorized", "busy", "refused"} {
+	for _, reason := range []string{"connect", "silent", "unauthorized", "busy", "refused", "response"} {
 		m.failures.WithLabelValues(proxy, reason)
 	}
 }

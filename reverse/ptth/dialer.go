@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -82,9 +83,7 @@ func (d *Dialer) Open(ctx context.Context) (*Line, error) {
 	if err != nil {
 		return nil, errors.New("the URL makes no request")
 	}
-	for name, values := range d.Header {
-		req.Header[name] = values
-	}
+	maps.Copy(req.Header, d.Header)
 	req.Header.Set("Connection", "Upgrade")
 	req.Header.Set("Upgrade", Protocol)
 	resp, err := d.HTTP.Do(req)
@@ -146,6 +145,9 @@ func Refused(resp *http.Response) error {
 	}
 	return refusal
 }
+
+// Close ends a line that is not served.
+func (l *Line) Close() { _ = l.conn.Close() }
 
 // Serve answers what comes over the line until it ends, or ctx does: then the requests in
 // flight are answered first, for at most drain. Up is called when the line is in use, busy when
@@ -294,9 +296,7 @@ func (d *Dialer) Goodbye(ctx context.Context) error {
 	if err != nil {
 		return errors.New("the URL makes no request")
 	}
-	for name, values := range d.Header {
-		req.Header[name] = values
-	}
+	maps.Copy(req.Header, d.Header)
 	resp, err := d.HTTP.Do(req)
 	if err != nil {
 		return err

@@ -81,7 +81,7 @@ func (l *line) hand(src *source) bool {
 // a scrape that was sent after it.
 func (l *line) beaten(first byte) (*source, bool) {
 	src := newSource(l.conn, first)
-	resp, err := http.ReadResponse(&src.Reader, &http.Request{Method: http.MethodOptions})
+	resp, err := http.ReadResponse(&src.Reader, &http.Request{Method: http.MethodOptions}) //nolint:bodyclose // There is none, or the line ends.
 	if err != nil || resp.StatusCode/100 != 2 || resp.ContentLength != 0 {
 		src.release()
 		return nil, false
