@@ -3,22 +3,22 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
-	"encoding/json"
+	"crypto/sha256"
+	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"math"
 	"net/http"
+	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -26,358 +26,6 @@ import (
 	"github.com/promferry/promferry/e2e/natlab"
 	"github.com/promferry/promferry/e2e/real"
 )
-
-// Reverse pull, behind a real NAT: what is scraped, and the agent, run on the worker of a
-// natlab.Lab, the proxy and Prometheus on its hub.
-
-const (
-	proxyAddr      = natlab.HubIP + ":8080"
-	prometheusAddr = "127.0.0.1:9090"
-	exporterAddr   = "127.0.0.1:9100"
-	appAddr        = "127.0.0.1:8000"
-)
-
-// discovered is the scrape configuration that docs and README tell people to write.
-const discovered = `
-- job_name: promferry
-  proxy_url: http://` + proxyAddr + `
-  http_sd_configs: [{url: http://` + proxyAddr + `/sd, refresh_interval: 1s}]
-`
-
-// A daemon is a running `promferry proxy` or `promferry agent` in a lab.
-type daemon struct {
-	*natlab.Server
-	stateDir string
-}
-
-func startDaemon(t *testing.T, node *natlab.Node, addr, command string, flags ...string) *daemon {
-	t.Helper()
-	d := &daemon{stateDir: filepath.Join(t.TempDir(), command)}
-	d.Server = node.Serve(t, addr, real.Command{
-		Path: promferry(t), Args: append([]string{command, "--state.dir=" + d.stateDir}, flags...),
-	})
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the log of the %s at %s:\n%s", command, addr, tail(d.Stderr(), 8<<10))
-		}
-	})
-	return d
-}
-
-// startProxy starts a proxy that has a heartbeat each second unless flags say otherwise.
-func startProxy(t *testing.T, lab *natlab.Lab, flags ...string) *daemon {
-	t.Helper()
-	if !hasFlag(flags, "--heartbeat=") {
-		flags = append(flags, "--heartbeat=1s")
-	}
-	return startDaemon(t, lab.Hub, proxyAddr, "proxy", flags...)
-}
-
-// startClient starts the agent of web-1 with these pull targets, given as job=URL.
-func startClient(t *testing.T, lab *natlab.Lab, targets []string, flags ...string) *daemon {
-	t.Helper()
-	all := []string{"--fqdn=web-1", "--instance=web-1"}
-	for _, target := range targets {
-		all = append(all, "--pull.target="+target)
-	}
-	if !hasFlag(flags, "--proxy-url=") {
-		all = append(all, "--proxy-url=http://"+proxyAddr)
-	}
-	return startDaemon(t, lab.Worker, "127.0.0.1:9099", "agent", append(all, flags...)...)
-}
-
-func hasFlag(flags []string, flag string) bool {
-	return slices.ContainsFunc(flags, func(f string) bool { return strings.HasPrefix(f, flag) })
-}
-
-// waitSum waits until the sum of those series of one of the daemon's own metrics that have
-// these labels is good.
-func (d *daemon) waitSum(t *testing.T, good func(float64) bool, name string, labels ...string) {
-	t.Helper()
-	wait(t, name, func(ctx context.Context) error {
-		body, err := d.Get(ctx, "/metrics")
-		if err != nil {
-			return err
-		}
-		value, err := sum(body, name, labels...)
-		if err == nil && !good(value) {
-			err = fmt.Errorf("%s%v is %v", name, labels, value)
-		}
-		return err
-	})
-}
-
-// waitEnd waits until the daemon, which was sent SIGTERM, has ended well.
-func (d *daemon) waitEnd(t *testing.T) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	if status, err := d.Wait(ctx); status != 0 || err != nil {
-		t.Errorf("after SIGTERM: status %d, %v", status, err)
-	}
-}
-
-// restart starts the daemon again, which has ended.
-func (d *daemon) restart(t *testing.T) {
-	t.Helper()
-	if err := d.Restart(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// startExporterAt starts a node_exporter on the worker's loopback interface.
-func startExporterAt(t *testing.T, node *natlab.Node, addr string) *natlab.Server {
-	t.Helper()
-	path, err := real.Find("node_exporter")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return node.Serve(t, addr, real.Command{Path: path})
-}
-
-// startPrometheusIn starts a Prometheus on a node of a lab. scrapeConfigs is the list under
-// scrape_configs; a scrape comes each second, and may take as long, unless it says otherwise.
-func startPrometheusIn(t *testing.T, node *natlab.Node, addr, scrapeConfigs string) *real.PrometheusServer {
-	t.Helper()
-	path, err := real.Find("prometheus")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	config := filepath.Join(dir, "prometheus.yml")
-	content := "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:" + scrapeConfigs
-	if err := os.WriteFile(config, []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	server := node.Serve(t, addr, real.Command{Path: path, Args: []string{
-		"--config.file=" + config,
-		"--storage.tsdb.path=" + filepath.Join(dir, "data"),
-		"--scrape.discovery-reload-interval=100ms", // Prometheus 3: no wait; 2: no effect
-	}})
-	p := &real.PrometheusServer{Server: server.Server}
-	wait(t, "Prometheus is ready", func(ctx context.Context) error {
-		_, err := p.Get(ctx, "/-/ready")
-		return err
-	})
-	return p
-}
-
-// serveIn starts an HTTP server on a node of a lab that ends with the test. Handlers that
-// would never end have to watch their request's context.
-func serveIn(t *testing.T, node *natlab.Node, addr string, handler http.Handler) {
-	t.Helper()
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: patience}
-	listener := node.Listen(t, addr)
-	var serving sync.WaitGroup
-	serving.Go(func() { _ = server.Serve(listener) })
-	t.Cleanup(func() {
-		server.Close()
-		serving.Wait()
-	})
-}
-
-// counting is a target whose only sample says how often it was scraped.
-type counting struct{ scrapes atomic.Int64 }
-
-func (c *counting) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	expose(textType, fmt.Sprintf("app_scrapes %d\n", c.scrapes.Add(1)))(w, r)
-}
-
-// A held target answers each scrape when the test says so.
-type held struct {
-	began chan struct{} // gets a value for each scrape
-	end   chan struct{} // lets one end
-	text  string
-}
-
-func hold(text string) *held {
-	return &held{began: make(chan struct{}, 100), end: make(chan struct{}), text: text}
-}
-
-func (h *held) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h.began <- struct{}{}
-	select {
-	case <-h.end:
-		expose(textType, h.text)(w, r)
-	case <-r.Context().Done():
-	}
-}
-
-// await waits for a value on a channel.
-func await[T any](t *testing.T, what string, c <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-c:
-		return v
-	case <-time.After(patience):
-		t.Fatalf("%s: not within %v", what, patience)
-		panic("not reached")
-	}
-}
-
-// An answer is what a scrape through the proxy got.
-type answer struct {
-	status int
-	reason string // Promferry-Error
-	body   string
-	took   time.Duration
-	err    error
-}
-
-// scrape scrapes a URL through a proxy as Prometheus does. timeout is what the scrape says
-// of itself; the answer is waited for longer than that.
-func scrape(t *testing.T, lab *natlab.Lab, target string, timeout time.Duration) answer {
-	t.Helper()
-	transport := &http.Transport{
-		Proxy:       http.ProxyURL(&url.URL{Scheme: "http", Host: proxyAddr}),
-		DialContext: lab.Hub.Dial, DisableKeepAlives: true,
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), timeout+patience)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", fmt.Sprint(timeout.Seconds()))
-	began := time.Now()
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return answer{err: err, took: time.Since(began)}
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	return answer{resp.StatusCode, resp.Header.Get("Promferry-Error"), string(body), time.Since(began), err}
-}
-
-// check checks that the proxy or the agent said that something is wrong, and at once: long
-// before the scrape's time was up.
-func (a answer) check(t *testing.T, status int, reason string) {
-	t.Helper()
-	if a.err != nil || a.status != status || a.reason != reason || a.took > patience/2 {
-		t.Errorf("%d %q after %v (%v): %s; want %d %q at once", a.status, a.reason, a.took, a.err, a.body, status, reason)
-	}
-}
-
-// listed returns the job and instance labels of all targets of /sd, sorted.
-func listed(ctx context.Context, proxy *daemon) ([]string, error) {
-	body, err := proxy.Get(ctx, "/sd")
-	if err != nil {
-		return nil, err
-	}
-	var groups []struct {
-		Targets []string
-		Labels  map[string]string
-	}
-	if err := json.Unmarshal(body, &groups); err != nil {
-		return nil, fmt.Errorf("/sd: %w: %s", err, body)
-	}
-	all := []string{}
-	for _, g := range groups {
-		for range g.Targets {
-			all = append(all, g.Labels["job"]+" of "+g.Labels["instance"])
-		}
-	}
-	slices.Sort(all)
-	return all, nil
-}
-
-func waitListed(t *testing.T, proxy *daemon, want ...string) {
-	t.Helper()
-	wait(t, "/sd", func(ctx context.Context) error {
-		have, err := listed(ctx, proxy)
-		if err == nil && !slices.Equal(have, want) {
-			err = fmt.Errorf("/sd lists %q, want %q", have, want)
-		}
-		return err
-	})
-}
-
-// An activeTarget is what Prometheus says of a target.
-type activeTarget struct {
-	Labels    map[string]string
-	Health    string
-	LastError string
-}
-
-// activeTargets returns Prometheus's targets by their job label.
-func activeTargets(ctx context.Context, p *real.PrometheusServer) (map[string]activeTarget, error) {
-	body, err := p.Get(ctx, "/api/v1/targets?state=active")
-	if err != nil {
-		return nil, err
-	}
-	var answer struct {
-		Data struct{ ActiveTargets []activeTarget }
-	}
-	if err := json.Unmarshal(body, &answer); err != nil {
-		return nil, err
-	}
-	all := make(map[string]activeTarget)
-	for _, target := range answer.Data.ActiveTargets {
-		all[target.Labels["job"]] = target
-	}
-	return all, nil
-}
-
-// waitFault waits until Prometheus says of a job that it is down because of a status.
-func waitFault(t *testing.T, p *real.PrometheusServer, job string, status int) {
-	t.Helper()
-	wait(t, fmt.Sprintf("status %d of %s", status, job), func(ctx context.Context) error {
-		all, err := activeTargets(ctx, p)
-		if target := all[job]; err == nil && (target.Health != "down" || !strings.Contains(target.LastError, fmt.Sprintf("HTTP status %d ", status))) {
-			err = fmt.Errorf("Prometheus says of %s: %q %q", job, target.Health, target.LastError)
-		}
-		return err
-	})
-}
-
-// now returns Prometheus's time, as it stands in its samples.
-func now(t *testing.T, p *real.PrometheusServer) float64 {
-	t.Helper()
-	samples, err := p.Query(t.Context(), "vector(time())")
-	if err != nil || len(samples) != 1 {
-		t.Fatal(samples, err)
-	}
-	return samples[0].Value
-}
-
-// waitScraped waits until a target has been scraped well after a time.
-func waitScraped(t *testing.T, p *real.PrometheusServer, selector string, after float64) {
-	t.Helper()
-	waitQuery(t, p, fmt.Sprintf("timestamp(up%s) > %f and up%[1]s == 1", selector, after), above(after))
-}
-
-// always checks something 20 times a second, until the function that it returns is called,
-// which tells of the first fault.
-func always(t *testing.T, what string, check func(context.Context) error) (end func()) {
-	ctx, cancel := context.WithCancel(t.Context())
-	var checking sync.WaitGroup
-	checks := 0
-	var fault error
-	checking.Go(func() {
-		for fault == nil && ctx.Err() == nil {
-			if err := check(ctx); ctx.Err() == nil {
-				fault = err
-				checks++
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(50 * time.Millisecond):
-			}
-		}
-	})
-	t.Cleanup(cancel)
-	return func() {
-		t.Helper()
-		cancel()
-		checking.Wait()
-		if fault != nil {
-			t.Errorf("%s, after %d checks: %v", what, checks, fault)
-		}
-		if checks == 0 {
-			t.Errorf("%s: was never checked", what)
-		}
-	}
-}
 
 // TestPull goes through the life of a node behind a NAT as Prometheus sees it. The steps
 // share the programs and follow each other: each begins with all of them running.
@@ -776,26 +424,6 @@ func TestPullProxyRestart(t *testing.T) {
 	waitListed(t, proxy, "app of web-1")
 }
 
-// prometheusSum waits until one of Prometheus's own counters has grown by more.
-func prometheusSum(t *testing.T, p *real.PrometheusServer, more float64, name string) {
-	t.Helper()
-	begin := -1.0
-	wait(t, name, func(ctx context.Context) error {
-		body, err := p.Get(ctx, "/metrics")
-		if err != nil {
-			return err
-		}
-		value, err := sum(body, name)
-		if begin < 0 {
-			begin = value
-		}
-		if err == nil && value < begin+more {
-			err = fmt.Errorf("%s is %v, was %v", name, value, begin)
-		}
-		return err
-	})
-}
-
 // TestPullSettles shows that clients that were known, and are not back in time, are listed all
 // the same, even when the proxy was killed.
 func TestPullSettles(t *testing.T) {
@@ -914,4 +542,162 @@ func TestPullTwoProxies(t *testing.T) {
 		fault.heals()
 		waitScraped(t, one, node, now(t, one))
 	}
+}
+
+// TestPullBrokenOff shows that an answer that breaks off is none, however good what has come
+// of it looks: its last line is a whole number, and not that of the target.
+func TestPullBrokenOff(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	half := func(length string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", textType)
+			if length != "" {
+				w.Header().Set("Content-Length", length)
+			}
+			_, _ = w.Write([]byte("app_whole 1\napp_half 12")) // of 123456
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}
+	}
+	serveIn(t, lab.Worker, "127.0.0.1:8001", half(""))
+	serveIn(t, lab.Worker, "127.0.0.1:8002", half("1000"))
+	startProxy(t, lab)
+	startClient(t, lab, []string{"chunked=http://127.0.0.1:8001/metrics", "length=http://127.0.0.1:8002/metrics"})
+	prometheus := startPrometheusIn(t, lab.Hub, prometheusAddr, discovered)
+	for _, job := range []string{"chunked", "length"} {
+		waitQuery(t, prometheus, fmt.Sprintf("count_over_time(up{job=%q}[10m]) >= 3", job), above(2))
+		waitQuery(t, prometheus, fmt.Sprintf("max_over_time(up{job=%q}[10m])", job), exactly(0))
+	}
+	waitEnded(t, prometheus, `{__name__=~"app_.*"}`)
+}
+
+// TestPullLargeAnswer shows that an answer comes through whole that is larger than all buffers
+// on the way.
+func TestPullLargeAnswer(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	const size = 48 << 20
+	content := bytes.Repeat([]byte("app_large{path=\"/0123456789abcdef\"} 0.123456789\n"), size/48)
+	for i := range content { // so that no two parts are the same
+		if content[i] == '0' {
+			content[i] = byte('0' + i/48%10)
+		}
+	}
+	serveIn(t, lab.Worker, appAddr, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", textType)
+		if r.URL.Path == "/length" {
+			w.Header().Set("Content-Length", fmt.Sprint(len(content)))
+		}
+		_, _ = w.Write(content)
+	}))
+	proxy := startProxy(t, lab)
+	startClient(t, lab, []string{"chunked=http://" + appAddr + "/chunked", "length=http://" + appAddr + "/length"})
+	proxy.waitSum(t, above(0), "promferry_proxy_lines", "kind", "ptth")
+	for _, path := range []string{"/chunked", "/length"} {
+		got := scrape(t, lab, "http://web-1:8000"+path, time.Minute)
+		if got.err != nil || got.status != http.StatusOK || len(got.body) != len(content) || sha256.Sum256([]byte(got.body)) != sha256.Sum256(content) {
+			t.Errorf("%s: status %d, %d bytes, %v, want %d bytes", path, got.status, len(got.body), got.err, len(content))
+		}
+	}
+}
+
+// TestPullGivenUp shows that a scrape that Prometheus gives up is given up at the target.
+func TestPullGivenUp(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	slow := hold("")
+	serveIn(t, lab.Worker, appAddr, slow)
+	proxy := startProxy(t, lab)
+	startClient(t, lab, []string{"slow=http://" + appAddr + "/metrics"})
+	proxy.waitSum(t, above(0), "promferry_proxy_lines", "kind", "ptth", "state", "free")
+
+	conn, err := lab.Hub.Dial(t.Context(), "tcp", proxyAddr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "GET http://web-1:8000/metrics HTTP/1.1\r\nHost: web-1:8000\r\nX-Prometheus-Scrape-Timeout-Seconds: 600\r\n\r\n")
+	await(t, "the scrape", slow.began)
+	conn.Close()
+	await(t, "the end of the scrape at the target", slow.canceled)
+	proxy.waitSum(t, above(0), "promferry_proxy_scrapes_total", "result", "canceled")
+	proxy.waitSum(t, exactly(0), "promferry_proxy_scrapes_in_flight")
+}
+
+// TestPullHTTPS scrapes a target by https in both ways: the agent does it, for a Prometheus that
+// knows of no TLS, or Prometheus does, through a tunnel that nobody on the way can look into.
+// The lines go over TLS as well.
+func TestPullHTTPS(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	dir := t.TempDir()
+	makeCertificates(t, dir) // for 127.0.0.1
+	write := func(name, content string) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	certificate, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.crt"), filepath.Join(dir, "server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveTLSIn(t, lab.Worker, "127.0.0.1:8443", certificate, expose(textType, "secure 1\n"))
+	trusting := fmt.Sprintf("tls_config: {ca_file: %s/ca.crt, server_name: 127.0.0.1}\n", dir)
+	const forClients = natlab.HubIP + ":8444"
+	startProxy(t, lab, "--client.listen-address="+forClients, "--client.config.file="+write("web.yml", "tls_server_config: {cert_file: server.crt, key_file: server.key}\n"))
+	trust := write("trust.yml", trusting)
+	startClient(t, lab, []string{"secure=https://127.0.0.1:8443/metrics"},
+		"--proxy-url=https://"+forClients, "--proxy.http-config="+trust, "--scrape.http-config="+trust)
+	prometheus := startPrometheusIn(t, lab.Hub, prometheusAddr, discovered+`
+- job_name: tunnel
+  scheme: https
+  proxy_url: http://`+proxyAddr+`
+  static_configs: [{targets: ["web-1:8443"]}]
+  `+trusting)
+	waitQuery(t, prometheus, `secure{job="secure",instance="web-1"}`, exactly(1))
+	waitQuery(t, prometheus, `secure{job="tunnel"}`, exactly(1))
+}
+
+// TestPullWithoutUpgrades puts a reverse proxy in between that passes no upgrades, as nginx does
+// that nobody told to. The agent finds another way.
+func TestPullWithoutUpgrades(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	serveIn(t, lab.Worker, appAddr, new(counting))
+	proxy := startProxy(t, lab)
+	const between = natlab.HubIP2 + ":80"
+	reverseProxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: proxyAddr})
+	reverseProxy.Transport = &http.Transport{DialContext: lab.Hub.Dial}
+	reverseProxy.ErrorHandler = func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) }
+	serveIn(t, lab.Hub, between, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Header.Del("Upgrade")
+		reverseProxy.ServeHTTP(w, r)
+	}))
+	client := startClient(t, lab, []string{"app=http://" + appAddr + "/metrics"}, "--proxy-url=http://"+between)
+	n := &natted{lab: lab, proxy: proxy, client: client, prometheus: startPrometheusIn(t, lab.Hub, prometheusAddr, discovered)}
+	n.arrives(t)
+	proxy.waitSum(t, above(0), "promferry_proxy_lines", "kind", "longpoll")
+	proxy.waitSum(t, exactly(0), "promferry_proxy_lines", "kind", "ptth")
+
+	for _, fault := range []struct {
+		name          string
+		breaks, heals func()
+	}{
+		{"agent killed", func() { client.Kill() }, func() { client.restart(t) }},
+		{"proxy killed", func() { proxy.Kill() }, func() { proxy.restart(t) }},
+		{"cut off", func() { lab.Cut(t, natlab.HubIP2) }, func() { lab.Heal(t) }},
+	} {
+		fault.breaks()
+		waitQuery(t, n.prometheus, "up"+app, exactly(0))
+		fault.heals()
+		n.arrives(t)
+		if t.Failed() {
+			t.Fatal(fault.name)
+		}
+	}
+	lab.FlushConntrack(t)
+	n.arrives(t)
 }

@@ -129,6 +129,25 @@ func TestPullCutInTheMiddle(t *testing.T) {
 	n.arrives(t)
 }
 
+// TestPullNewSession shows that a node that comes back is scraped at once, while the proxy still
+// has lines of it that are dead and cannot know that.
+func TestPullNewSession(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	serveIn(t, lab.Worker, appAddr, new(counting))
+	n := &natted{lab: lab, proxy: startProxy(t, lab, "--heartbeat=10m")}
+	n.client = startClient(t, lab, []string{"app=http://" + appAddr + "/metrics"})
+	n.prometheus = startPrometheusIn(t, lab.Hub, prometheusAddr, discovered)
+	n.arrives(t)
+
+	lab.Cut(t, natlab.HubIP) // nobody hears of the agent's end
+	n.client.Kill()
+	lab.FlushConntrack(t)
+	lab.Heal(t)
+	n.client.restart(t)
+	n.arrives(t)
+}
+
 // TestPullFarAway scrapes a node half a second away: a scrape goes there and back once.
 func TestPullFarAway(t *testing.T) {
 	t.Parallel()
