@@ -29,6 +29,7 @@ import (
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
+	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/target"
 )
 
@@ -87,10 +88,11 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	registry := newRegistry()
 	notifier := newNotifier(logger)
 	var forward *forwarder.Forwarder
+	var reversePull *pull
 	cfg := a.config(scrapeClient, pushClient, logger, registry)
 	if !a.once && !a.dryRun {
 		cfg.Heartbeat = notifier.interval()
-		cfg.OnHeartbeat = func() { notifier.alive(forward.Status()) }
+		cfg.OnHeartbeat = func() { notifier.alive(reversePull.sentence() + forward.Status()) }
 	}
 	forward, err = forwarder.New(cfg)
 	if err != nil {
@@ -99,8 +101,7 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	if a.dryRun {
 		return forward.DryRun(ctx, in.stdout)
 	}
-	reversePull, err := newPull(s, scrapeClient, logger, registry)
-	if err != nil {
+	if reversePull, err = newPull(s, scrapeClient, logger, registry); err != nil {
 		return err
 	}
 	lock, err := a.lock()
@@ -141,7 +142,9 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return nil
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
-	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, logger)
+	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, func() page.AgentStatus {
+		return reversePull.status(s.Instance.value, forward.Status())
+	}, logger)
 	return a.serve(ctx, forward, deliver, reversePull, web, r, notifier, logger)
 }
 

@@ -20,7 +20,9 @@ import (
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/access"
 	"github.com/promferry/promferry/reverse/longpoll"
+	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/reverse/ptth"
 )
 
@@ -72,11 +74,18 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 			errs = append(errs, file.fault(err))
 		}
 	}
-	if err := faults(errs); err != nil {
-		return err
+	if err := refuseBasicAuth(s.WebConfigFile.value); err != nil {
+		errs = append(errs, s.WebConfigFile.fault(err))
 	}
 	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
 	registry := newRegistry()
+	guard, err := access.New(s.AuthFile.value, logger, registry)
+	if err != nil {
+		errs = append(errs, s.AuthFile.fault(err))
+	}
+	if err := faults(errs); err != nil {
+		return err
+	}
 	dir, err := statedir.Open(s.StateDir.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
@@ -91,6 +100,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	defer func() { _ = lock.Release() }()
 
 	clients, err := reverse.NewRegistry(reverse.RegistryConfig{
+		Authorize:  clientGuard(guard, logger),
 		MaxClients: s.LimitClients.value, MaxLines: s.LimitClientLines.value, MaxScrapes: s.LimitClientScrapes.value,
 		ForgetAfter: time.Duration(s.SDForgetAfter.value), Settle: time.Duration(s.SDSettle.value),
 		Store: knownClients{dir}, Logger: logger, Registerer: registry,
@@ -104,18 +114,28 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		Logger: logger, Registerer: registry,
 	})
 	proxy := reverse.NewProxy(reverse.ProxyConfig{
-		Registry:   clients,
+		Registry: clients, Authorize: scraperGuard(guard, logger),
 		MaxTimeout: time.Duration(s.ScrapeMaxTimeout.value), DefaultTimeout: time.Duration(s.ScrapeDefaultTimeout.value),
 		TunnelIdle: time.Duration(s.TunnelIdleTimeout.value), MaxScrapes: s.LimitScrapes.value, MaxBytes: int64(s.ScrapeMaxBytes.value),
 		Logger: logger, Registerer: registry,
 	})
 	notifier := newNotifier(logger)
 	r := newReloader("proxy", registry, logger, func() error {
-		return errors.Join(validateWebConfig(s.WebConfigFile.value), validateWebConfig(s.ClientConfigFile.value))
+		return errors.Join(validateWebConfig(s.WebConfigFile.value), refuseBasicAuth(s.WebConfigFile.value),
+			validateWebConfig(s.ClientConfigFile.value), guard.Reload())
+	})
+	guard.OnChange(func() {
+		valid := func(g reverse.Grant, name string) bool {
+			grant, ok := g.(access.Grant)
+			return ok && guard.Valid(grant, name)
+		}
+		hub.Revoke(valid)
+		polls.Revoke(valid)
+		proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 
-	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, logger: logger, notifier: notifier, reloader: r}
+	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, guard: guard, logger: logger, notifier: notifier, reloader: r}
 	return d.run(ctx, registry)
 }
 
@@ -125,6 +145,7 @@ type proxyDaemon struct {
 	clients  *reverse.Registry
 	hub      *ptth.Hub
 	polls    *longpoll.Hub
+	guard    *access.Guard
 	proxy    *reverse.Proxy
 	logger   *slog.Logger
 	notifier *notifier
@@ -144,12 +165,26 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	own := http.NewServeMux()
 	own.Handle("/-/", admin)
 	own.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
+	own.Handle("GET /{$}", page.Proxy(func() reverse.ProxyStatus {
+		status := d.clients.Status()
+		status.Version = version.Version
+		return status
+	}))
 	own.HandleFunc("GET /sd", d.clients.Discovery)
 	own.Handle("GET /clients", d.clients.ListClients(time.Duration(s.RegistrationTimeout.value)))
 	if s.ClientListenAddress.value == "" {
 		lines(own)
 	}
-	protected := http.NewCrossOriginProtection().Handler(own)
+	listed := listerGuard(d.guard, d.logger, own)
+	protected := http.NewCrossOriginProtection().Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Lines ask for credentials of their own, and probes have none.
+		switch r.URL.Path {
+		case "/ptth", "/poll", "/push", "/-/healthy", "/-/ready":
+			own.ServeHTTP(w, r)
+		default:
+			listed.ServeHTTP(w, r)
+		}
+	}))
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if reverse.IsScrape(r) {
 			d.proxy.ServeHTTP(w, r)
@@ -177,6 +212,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		servers = append(servers, server)
 	}
 
+	warnOpen(d.guard, servers, d.logger)
 	d.logger.Info("Starting promferry proxy", "version", version.Version, "state_dir", s.StateDir.value)
 	// All goes on until what is in flight is done.
 	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -192,6 +228,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		}
 		return nil
 	})
+	group.Go(func() error { return d.guard.Run(serveCtx) })
 	group.Go(func() error { return d.polls.Run(serveCtx) })
 	group.Go(func() error { return d.hub.Run(serveCtx) })
 	group.Go(func() error { return d.clients.Run(serveCtx) })

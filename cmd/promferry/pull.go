@@ -17,6 +17,7 @@ import (
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/reverse"
 	"github.com/promferry/promferry/reverse/link"
+	"github.com/promferry/promferry/reverse/page"
 )
 
 // tunnelIdle is how long a CONNECT passes no byte before the agent closes it: longer than
@@ -25,6 +26,7 @@ const tunnelIdle = 6 * time.Minute
 
 // pull lets proxies scrape targets here.
 type pull struct {
+	name   string
 	client *reverse.Client
 	links  []*link.Link
 	// clients are what reads files that settings name.
@@ -52,7 +54,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	for _, l := range s.PushLabels.value {
 		labels[l.name] = l.value
 	}
-	p := &pull{clients: []*httpclient.Client{toProxy, own}}
+	p := &pull{name: s.Fqdn.value, clients: []*httpclient.Client{toProxy, own}}
 	p.client = reverse.NewClient(reverse.ClientConfig{
 		Name: s.Fqdn.value, Targets: targets, Allow: s.PullAllows.value,
 		HTTP: scrape, OwnHTTP: own, Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
@@ -75,6 +77,34 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 		}))
 	}
 	return p, nil
+}
+
+// status returns what the agent's page shows.
+func (p *pull) status(instance, forwarding string) page.AgentStatus {
+	status := page.AgentStatus{Name: instance, Forwarding: forwarding, Version: version.Version, Now: time.Now()}
+	if p == nil {
+		return status
+	}
+	status.Name = p.name
+	status.Targets = p.client.Status()
+	for _, l := range p.links {
+		status.Lines = append(status.Lines, l.Status())
+	}
+	return status
+}
+
+// sentence says how it is to the proxies, for systemd; "" without any.
+func (p *pull) sentence() string {
+	if p == nil {
+		return ""
+	}
+	connected := 0
+	for _, l := range p.links {
+		if l.Status().Lines > 0 {
+			connected++
+		}
+	}
+	return fmt.Sprintf("Connected to %d of %d proxies; ", connected, len(p.links))
 }
 
 // Run keeps the lines open until ctx ends.

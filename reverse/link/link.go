@@ -120,13 +120,14 @@ func (l *Link) run(ctx context.Context) error {
 			break
 		}
 		l.cfg.Logger.Info("No PTTH to this proxy, polling it", "proxy", l.name, "err", err)
-		l.longPoll(ctx)
+		l.longPoll(ctx, errors.Is(err, ptth.ErrNoUpgrade) || errors.Is(err, ptth.ErrSilent))
 	}
 	return nil
 }
 
-// longPoll polls the proxy until ctx ends, or it turns out that PTTH can be had again.
-func (l *Link) longPoll(ctx context.Context) {
+// longPoll polls the proxy until ctx ends, or it turns out that PTTH can be had again. It may be
+// known already that the proxy is promferry's.
+func (l *Link) longPoll(ctx context.Context, known bool) {
 	l.mu.Lock()
 	l.kind, l.slots, l.lines, l.busy = reverse.KindPushProx, 0, 0, 0
 	l.mu.Unlock()
@@ -150,10 +151,11 @@ func (l *Link) longPoll(ctx context.Context) {
 	var polling sync.WaitGroup
 	// Several polls at a time only where the proxy has said that it is ours.
 	ours := make(chan struct{})
-	var once sync.Once
-	poll := func() {
-		l.poll(ctx, scrapes, p, func() { once.Do(func() { close(ours) }) })
+	isOurs := sync.OnceFunc(func() { close(ours) })
+	if known {
+		isOurs()
 	}
+	poll := func() { l.poll(ctx, scrapes, p, isOurs) }
 	polling.Go(poll)
 	polling.Go(func() {
 		select {
