@@ -549,27 +549,38 @@ func TestPullTwoProxies(t *testing.T) {
 func TestPullBrokenOff(t *testing.T) {
 	t.Parallel()
 	lab := natlab.New(t)
-	half := func(length string) http.HandlerFunc {
+	half := func(lines int, length string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", textType)
 			if length != "" {
 				w.Header().Set("Content-Length", length)
 			}
-			_, _ = w.Write([]byte("app_whole 1\napp_half 12")) // of 123456
+			for i := range lines {
+				fmt.Fprintf(w, "app_whole{n=\"%d\"} 1\n", i)
+			}
+			_, _ = w.Write([]byte("app_half 12")) // of 123456
 			_ = http.NewResponseController(w).Flush()
 			panic(http.ErrAbortHandler)
 		}
 	}
-	serveIn(t, lab.Worker, "127.0.0.1:8001", half(""))
-	serveIn(t, lab.Worker, "127.0.0.1:8002", half("1000"))
+	targets := map[string]http.HandlerFunc{
+		"127.0.0.1:8001": half(1, ""),     // all within the buffers on the way
+		"127.0.0.1:8002": half(20000, ""), // with the status out long before
+		"127.0.0.1:8003": half(20000, "1000000"),
+	}
+	var flags []string
+	for addr, target := range targets {
+		serveIn(t, lab.Worker, addr, target)
+		flags = append(flags, addr+"=http://"+addr+"/metrics")
+	}
 	startProxy(t, lab)
-	startClient(t, lab, []string{"chunked=http://127.0.0.1:8001/metrics", "length=http://127.0.0.1:8002/metrics"})
+	startClient(t, lab, flags)
 	prometheus := startPrometheusIn(t, lab.Hub, prometheusAddr, discovered)
-	for _, job := range []string{"chunked", "length"} {
+	for job := range targets {
 		waitQuery(t, prometheus, fmt.Sprintf("count_over_time(up{job=%q}[10m]) >= 3", job), above(2))
 		waitQuery(t, prometheus, fmt.Sprintf("max_over_time(up{job=%q}[10m])", job), exactly(0))
 	}
-	waitEnded(t, prometheus, `{__name__=~"app_.*"}`)
+	waitEnded(t, prometheus, `last_over_time({__name__=~"app_.*"}[10m])`)
 }
 
 // TestPullLargeAnswer shows that an answer comes through whole that is larger than all buffers

@@ -259,8 +259,8 @@ func scrape(t *testing.T, lab *natlab.Lab, target string, timeout time.Duration)
 	return answer{resp.StatusCode, resp.Header.Get("Promferry-Error"), string(body), time.Since(began), err}
 }
 
-// check checks that the proxy or the agent said that something is wrong, and at once: long
-// before the scrape's time was up.
+// check checks the status and what the proxy or the agent says that is wrong, "" for nothing,
+// and that the answer came at once: long before the scrape's time was up.
 func (a answer) check(t *testing.T, status int, reason string) {
 	t.Helper()
 	if a.err != nil || a.status != status || a.reason != reason || a.took > patience/2 {

@@ -129,6 +129,35 @@ func TestPullCutInTheMiddle(t *testing.T) {
 	n.arrives(t)
 }
 
+// TestPullHeartbeat shows that both ends find dead lines out by themselves, when nobody scrapes.
+func TestPullHeartbeat(t *testing.T) {
+	t.Parallel()
+	lab := natlab.New(t)
+	n := &natted{lab: lab, proxy: startProxy(t, lab)}
+	n.client = startClient(t, lab, []string{"a=http://" + appAddr + "/a", "b=http://" + appAddr + "/b", "c=http://" + appAddr + "/c"})
+	three := func() {
+		t.Helper()
+		n.proxy.waitSum(t, exactly(3), "promferry_proxy_lines", "kind", "ptth", "state", "free")
+		n.client.waitSum(t, exactly(3), "promferry_client_lines")
+	}
+	for i, fault := range []struct{ breaks, heals func() }{
+		{func() { lab.Cut(t, natlab.HubIP) }, func() { lab.Heal(t) }},
+		{func() { lab.LinkDown(t) }, func() { lab.LinkUp(t) }},
+	} {
+		three()
+		fault.breaks()
+		n.noLines(t)
+		n.proxy.waitSum(t, exactly(float64(3*(i+1))), "promferry_proxy_half_open_lines_total")
+		n.proxy.waitSum(t, exactly(1), "promferry_proxy_clients", "state", "away")
+		fault.heals()
+	}
+	three()
+
+	lab.FlushConntrack(t)
+	n.proxy.waitSum(t, exactly(9), "promferry_proxy_half_open_lines_total")
+	three()
+}
+
 // TestPullNewSession shows that a node that comes back is scraped at once, while the proxy still
 // has lines of it that are dead and cannot know that.
 func TestPullNewSession(t *testing.T) {
@@ -136,16 +165,22 @@ func TestPullNewSession(t *testing.T) {
 	lab := natlab.New(t)
 	serveIn(t, lab.Worker, appAddr, new(counting))
 	n := &natted{lab: lab, proxy: startProxy(t, lab, "--heartbeat=10m")}
-	n.client = startClient(t, lab, []string{"app=http://" + appAddr + "/metrics"})
-	n.prometheus = startPrometheusIn(t, lab.Hub, prometheusAddr, discovered)
-	n.arrives(t)
+	n.client = startClient(t, lab, []string{"app=http://" + appAddr + "/metrics", "b=http://" + appAddr + "/b"})
+	n.proxy.waitSum(t, exactly(2), "promferry_proxy_lines", "state", "free")
 
 	lab.Cut(t, natlab.HubIP) // nobody hears of the agent's end
 	n.client.Kill()
 	lab.FlushConntrack(t)
 	lab.Heal(t)
 	n.client.restart(t)
+	n.proxy.waitSum(t, exactly(4), "promferry_proxy_lines", "state", "free")
+	for range 3 {
+		scrape(t, lab, "http://web-1:8000/metrics", time.Minute).check(t, http.StatusOK, "")
+	}
+
+	n.prometheus = startPrometheusIn(t, lab.Hub, prometheusAddr, discovered)
 	n.arrives(t)
+	waitQuery(t, n.prometheus, "min_over_time(up"+app+"[10m])", exactly(1))
 }
 
 // TestPullFarAway scrapes a node half a second away: a scrape goes there and back once.
