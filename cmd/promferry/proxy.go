@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/common/version"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
@@ -86,6 +87,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	if err := faults(errs); err != nil {
 		return err
 	}
+	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value, s.ClientConfigFile.value}})
 	dir, err := statedir.Open(s.StateDir.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
@@ -124,19 +126,36 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return errors.Join(validateWebConfig(s.WebConfigFile.value), refuseBasicAuth(s.WebConfigFile.value),
 			validateWebConfig(s.ClientConfigFile.value), guard.Reload())
 	})
-	guard.OnChange(func() {
-		valid := func(g reverse.Grant, name string) bool {
-			grant, ok := g.(access.Grant)
-			return ok && guard.Valid(grant, name)
-		}
-		hub.Revoke(valid)
-		polls.Revoke(valid)
-		proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
-	})
 	r.before, r.after = notifier.reloading, notifier.ready
 
 	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, guard: guard, logger: logger, notifier: notifier, reloader: r}
+	guard.OnChange(d.revoke)
 	return d.run(ctx, registry)
+}
+
+// revoke ends what nobody would be let in for any more.
+func (d *proxyDaemon) revoke() {
+	valid := func(g reverse.Grant, name string) bool {
+		grant, ok := g.(access.Grant)
+		return ok && d.guard.Valid(grant, name)
+	}
+	d.hub.Revoke(valid)
+	d.polls.Revoke(valid)
+	d.proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
+}
+
+// recheck ends the lines of certificates that have expired, until ctx ends.
+func (d *proxyDaemon) recheck(ctx context.Context) error {
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			d.revoke()
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // proxyDaemon is the proxy while it runs.
@@ -203,7 +222,8 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	}
 	var servers []*server
 	for i, f := range faces {
-		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.address.value)
+		// Polls of PushProx's clients have no heartbeat but TCP's.
+		listener, err := httpclient.ListenConfig(2*time.Duration(s.Heartbeat.value)).Listen(ctx, "tcp", f.address.value)
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.address.name(), err)
 		}
@@ -229,6 +249,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		return nil
 	})
 	group.Go(func() error { return d.guard.Run(serveCtx) })
+	group.Go(func() error { return d.recheck(serveCtx) })
 	group.Go(func() error { return d.polls.Run(serveCtx) })
 	group.Go(func() error { return d.hub.Run(serveCtx) })
 	group.Go(func() error { return d.clients.Run(serveCtx) })

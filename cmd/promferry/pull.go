@@ -24,6 +24,10 @@ import (
 // Prometheus keeps a connection that is idle, and than the proxy does by default.
 const tunnelIdle = 6 * time.Minute
 
+// deadProxy is after how long a connection to a proxy that is not heard of breaks, where
+// no heartbeat tells sooner: a poll at PushProx's.
+const deadProxy = 30 * time.Second
+
 // pull lets proxies scrape targets here.
 type pull struct {
 	name   string
@@ -38,7 +42,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	if len(s.ProxyUrls.value) == 0 {
 		return nil, nil
 	}
-	toProxy, err := httpclient.New("proxy", s.ProxyHTTPConfig.value)
+	toProxy, err := httpclient.NewWithDial("proxy", s.ProxyHTTPConfig.value, httpclient.DialContext(deadProxy))
 	if err != nil {
 		return nil, usageError{s.ProxyHTTPConfig.fault(err)}
 	}

@@ -71,6 +71,17 @@ func TestS2NameBinding(t *testing.T) {
 	}
 }
 
+// No credential is for a client without a name, whatever the globs take.
+func TestS2NameBindingEmpty(t *testing.T) {
+	g := newGuard(t, "clients: [{identity: all, names: ['*'], san: ['*'], token_sha256: ["+sum("token")+"]}]")
+	grant, err := g.client(caller{bearer: "token"}, "")
+	want(t, "token", "403 wrong_name", grant, err)
+	grant, err = g.client(caller{certificate: certificate("", "a")}, "")
+	want(t, "certificate", "403 wrong_name", grant, err)
+	grant, err = g.client(caller{bearer: "token"}, "a")
+	want(t, "with a name", "identity all", grant, err)
+}
+
 // Of two entries that take a certificate, the one counts that takes the name.
 func TestS2NameBindingOverlap(t *testing.T) {
 	g := newGuard(t, `

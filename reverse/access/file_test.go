@@ -184,3 +184,24 @@ func FuzzFile(f *testing.F) {
 		}
 	})
 }
+
+// What the documentation shows is taken, and what it says of it is so.
+func TestFileOfDocumentation(t *testing.T) {
+	text, err := os.ReadFile("../../docs/authentication.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "```yaml\nclients:")
+	content, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("no example")
+	}
+	g := newGuard(t, "clients:"+content)
+	const node = "a.nodes.example.org"
+	grant, err := g.client(caller{certificate: certificate("", node)}, node)
+	want(t, "node", "identity nodes", grant, err)
+	grant, err = g.lister(caller{certificate: certificate("", "joe@ops.example.org")})
+	want(t, "operator", "identity operators", grant, err)
+	grant, err = g.scraper(caller{bearer: "test"})
+	want(t, "a token that everybody would try", "407 unknown_token", grant, err)
+}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -341,4 +342,33 @@ func TestS3ExpiryIsCheckedEachTime(t *testing.T) {
 		grant, err = g.client(c, "a.nodes.example.org")
 		want(t, "after", "401 expired_certificate", grant, err)
 	})
+}
+
+// Callers are let in, and their grants looked at, while the file is read again.
+func TestReloadBesideRequests(t *testing.T) {
+	g := newGuard(t, example)
+	var callers sync.WaitGroup
+	for range 4 {
+		callers.Go(func() {
+			for range 200 {
+				grant, err := g.client(caller{bearer: "web-new"}, "web-1.example.org")
+				if err != nil || !g.Valid(grant, "web-1.example.org") {
+					t.Errorf("%v, %q", err, grant.Identity())
+				}
+				if _, err := g.lister(caller{bearer: "x"}); err == nil {
+					t.Error("let in")
+				}
+			}
+		})
+	}
+	for i := range 50 {
+		write(t, g.path+".new", example+strings.Repeat("\n", i%2))
+		if err := os.Rename(g.path+".new", g.path); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Reload(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	callers.Wait()
 }

@@ -36,8 +36,8 @@ type section struct {
 	entries []*entry
 	// tokens are by the hash of their digests. Its seed is this process's secret, so that
 	// how long a look-up takes says nothing about a digest; what is found under a hash is
-	// compared in constant time. With 10,000 tokens, to compare with each would take 100 µs
-	// of each poll.
+	// compared in constant time. To compare with each of 10,000 tokens would take each poll
+	// some 100 µs.
 	tokens map[uint64][]*token
 }
 
