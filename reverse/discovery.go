@@ -45,7 +45,7 @@ func (r *Registry) Discovery(w http.ResponseWriter, req *http.Request) {
 			continue
 		}
 		for _, t := range a.Targets {
-			if query.Has("job") && !slices.Contains(query["job"], t.Job) || r.duplicate(c, t) {
+			if query.Has("job") && !slices.Contains(query["job"], t.Job) || r.duplicate(c, a.Instance, t) {
 				continue
 			}
 			groups = append(groups, targetGroup{[]string{net.JoinHostPort(c.name, strconv.Itoa(int(t.Port)))}, labels(a, t)})

@@ -1,6 +1,7 @@
 package reverse
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -22,6 +23,8 @@ type knownClient struct {
 	Since        time.Time     `json:"since"`
 	Goodbye      bool          `json:"goodbye,omitempty"`
 	Announcement *Announcement `json:"announcement,omitempty"`
+
+	order uint64
 }
 
 type knownClients struct {
@@ -76,7 +79,7 @@ func (r *Registry) save() {
 		c.mu.Lock()
 		k := knownClient{
 			Name: c.name, Kind: c.kind, Version: c.version, Remote: c.remote, Since: c.since, Goodbye: c.goodbye,
-			Announcement: c.announcement,
+			Announcement: c.announcement, order: c.order,
 		}
 		if len(c.sessions) > 0 {
 			k.Since = now
@@ -84,6 +87,8 @@ func (r *Registry) save() {
 		c.mu.Unlock()
 		known.Clients = append(known.Clients, k)
 	}
+	// Who announced a target first is so after a start, too.
+	slices.SortFunc(known.Clients, func(a, b knownClient) int { return cmp.Compare(a.order, b.order) })
 	b, err := json.Marshal(known)
 	if err == nil {
 		err = r.cfg.Store.Save(b)

@@ -101,6 +101,8 @@ type Registry struct {
 
 	claimsMu sync.Mutex
 	claims   map[claim][]*client
+	// announcements counts them.
+	announcements uint64
 }
 
 // claim is what only one client may have: the first.
@@ -121,6 +123,7 @@ type client struct {
 	kind, version, remote string
 	announced             uint64 // hash of the announcement
 	announcement          *Announcement
+	order                 uint64         // of the announcement among all
 	last                  []ScrapeStatus // of each target
 	lastOther             ScrapeStatus
 }
@@ -279,6 +282,8 @@ func (r *Registry) announce(c *client, hash uint64, a *Announcement) {
 	if a == nil {
 		return
 	}
+	r.announcements++
+	c.order = r.announcements
 	c.last = make([]ScrapeStatus, len(a.Targets))
 	for _, t := range a.Targets {
 		k := claim{t.Job, a.Instance}
@@ -306,10 +311,10 @@ func (r *Registry) unclaim(c *client) {
 }
 
 // duplicate tells whether another client announced a target's job and instance first.
-func (r *Registry) duplicate(c *client, t Target) bool {
+func (r *Registry) duplicate(c *client, instance string, t Target) bool {
 	r.claimsMu.Lock()
 	defer r.claimsMu.Unlock()
-	claimants := r.claims[claim{t.Job, c.announcement.Instance}]
+	claimants := r.claims[claim{t.Job, instance}]
 	return len(claimants) > 0 && claimants[0] != c
 }
 
@@ -341,7 +346,7 @@ func (r *Registry) status(c *client) ClientStatus {
 	if a := c.announcement; a != nil {
 		s.Instance, s.Labels = a.Instance, a.Labels
 		for i, t := range a.Targets {
-			s.Targets = append(s.Targets, TargetStatus{Target: t, Last: c.last[i], Duplicate: r.duplicate(c, t)})
+			s.Targets = append(s.Targets, TargetStatus{Target: t, Last: c.last[i], Duplicate: r.duplicate(c, a.Instance, t)})
 		}
 	}
 	return s

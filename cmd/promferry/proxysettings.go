@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/promferry/promferry/internal/safeurl"
+	"github.com/promferry/promferry/reverse/ptth"
 )
 
 const defaultProxyStateDir = "/var/lib/promferry-proxy"
@@ -91,6 +92,9 @@ func (s *proxySettings) check() []error {
 		errs = append(errs, checkAddress(s.ClientListenAddress, "127.0.0.1:8081 or :8081")...)
 	} else if s.ClientConfigFile.value != "" {
 		errs = append(errs, s.ClientConfigFile.fault(errors.New("is for --client.listen-address, which is not set")))
+	}
+	if time.Duration(s.Heartbeat.value) > ptth.MaxHeartbeat {
+		errs = append(errs, s.Heartbeat.fault(fmt.Errorf("%v: at most %v, or no client would take it", s.Heartbeat.value, model.Duration(ptth.MaxHeartbeat))))
 	}
 	if s.ScrapeDefaultTimeout.value > s.ScrapeMaxTimeout.value {
 		errs = append(errs, s.ScrapeDefaultTimeout.fault(fmt.Errorf("%v exceeds %s %v", s.ScrapeDefaultTimeout.value, s.ScrapeMaxTimeout.name(), s.ScrapeMaxTimeout.value)))

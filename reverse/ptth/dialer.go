@@ -20,8 +20,8 @@ import (
 	"github.com/promferry/promferry/reverse"
 )
 
-// maxHeartbeat bounds what a proxy may say: a line that is dead for longer is of no use.
-const maxHeartbeat = 10 * time.Minute
+// MaxHeartbeat bounds what a proxy may say: a line that is dead for longer is of no use.
+const MaxHeartbeat = 10 * time.Minute
 
 // ErrNoPTTH means that the proxy, or what lies between, does not let a line be made.
 var ErrNoPTTH = errors.New("no PTTH there")
@@ -118,8 +118,8 @@ func (d *Dialer) Open(ctx context.Context) (*Line, error) {
 func Heartbeat(h http.Header) (time.Duration, error) {
 	text := h.Get(reverse.HeaderHeartbeat)
 	seconds, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(seconds > 0 && seconds <= maxHeartbeat.Seconds()) {
-		return 0, fmt.Errorf("%s: %.40q: want seconds above zero, at most %v", reverse.HeaderHeartbeat, text, maxHeartbeat.Seconds())
+	if err != nil || !(seconds > 0 && seconds <= MaxHeartbeat.Seconds()) {
+		return 0, fmt.Errorf("%s: %.40q: want seconds above zero, at most %v", reverse.HeaderHeartbeat, text, MaxHeartbeat.Seconds())
 	}
 	return time.Duration(seconds * float64(time.Second)), nil
 }
