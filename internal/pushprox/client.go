@@ -331,7 +331,8 @@ func (s *session) pushHalf(req *http.Request) error {
 	if err := req.Write(&b); err != nil {
 		return err
 	}
-	conn, err := s.conns.Dial(req.Context(), "tcp", net.JoinHostPort(req.URL.Hostname(), cmp.Or(req.URL.Port(), req.URL.Scheme)))
+	port := map[string]string{"http": "80", "https": "443"}[req.URL.Scheme]
+	conn, err := s.conns.Dial(req.Context(), "tcp", net.JoinHostPort(req.URL.Hostname(), cmp.Or(req.URL.Port(), port)))
 	if err != nil {
 		return err
 	}

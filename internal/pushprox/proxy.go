@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strconv"
 	"strings"
@@ -182,9 +183,7 @@ func (p *Proxy) scrape(w http.ResponseWriter, r *http.Request) {
 	select {
 	case resp := <-slot:
 		defer func() { _ = resp.Body.Close() }()
-		for name, values := range resp.Header {
-			w.Header()[name] = values
-		}
+		maps.Copy(w.Header(), resp.Header)
 		w.WriteHeader(resp.StatusCode)
 		_, _ = io.Copy(w, resp.Body) // A body that breaks off looks whole to the scraper.
 	case <-ctx.Done():
@@ -221,7 +220,7 @@ func (p *Proxy) hand(request *http.Request) error {
 }
 
 func (p *Proxy) push(w http.ResponseWriter, r *http.Request) {
-	body, _ := io.ReadAll(r.Body) // Of a push that breaks off, what came of it counts.
+	body, _ := io.ReadAll(r.Body)                                               // Of a push that breaks off, what came of it counts.
 	resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(body)), nil) //nolint:bodyclose // The scrape reads it, perhaps after this has returned.
 	if err != nil {
 		http.Error(w, "Error pushing: "+err.Error(), http.StatusInternalServerError)

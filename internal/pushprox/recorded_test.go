@@ -91,7 +91,7 @@ func (p *peer) send(b []byte) {
 func (p *peer) response() []byte {
 	p.t.Helper()
 	return p.message(func(r *bufio.Reader) (io.ReadCloser, error) {
-		m, err := http.ReadResponse(r, nil) //nolint:bodyclose // It is, by message.
+		m, err := http.ReadResponse(r, nil)
 		if err != nil {
 			return nil, err
 		}
