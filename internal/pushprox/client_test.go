@@ -1,9 +1,12 @@
 package pushprox_test
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -409,4 +412,41 @@ func TestTwoPollersFlap(t *testing.T) {
 		}
 		expect(t, "scrape", send(t, n.client(t), "GET", nodeA, "", timeout("4")), http.StatusOK, "up 1\n")
 	})
+}
+
+// TestTLS has one TLS configuration for proxy and target, and a push that breaks off: the
+// proxy passes on what came of it.
+func TestTLS(t *testing.T) {
+	secure := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "3000")
+		_, _ = w.Write(bytes.Repeat([]byte("x"), 3000))
+	}))
+	t.Cleanup(secure.Close)
+	for name, tc := range map[string]struct {
+		faults pushprox.Faults
+		whole  bool
+	}{
+		"whole":     {pushprox.Faults{}, true},
+		"truncated": {pushprox.Faults{TruncatedPush: true}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			proxy := pushprox.NewProxy(pushprox.ProxyConfig{})
+			hub := httptest.NewTLSServer(proxy)
+			t.Cleanup(hub.Close)
+			t.Cleanup(proxy.Close)
+			trust := hub.Client().Transport.(*http.Transport).TLSClientConfig
+			run(t, &pushprox.Client{FQDN: "127.0.0.1", ProxyURL: hub.URL, TLS: trust, Faults: tc.faults})
+			hubURL, err := url.Parse(hub.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			transport := &http.Transport{TLSClientConfig: trust, Proxy: http.ProxyURL(hubURL)}
+			t.Cleanup(transport.CloseIdleConnections)
+			scrape := "http://" + secure.Listener.Addr().String() + "/?_scheme=https"
+			a := receive(t, send(t, &http.Client{Transport: transport}, "GET", scrape, "", timeout("20")))
+			if whole := a.err == nil && len(a.body) == 3000; a.status != http.StatusOK || whole != tc.whole || len(a.body) == 0 {
+				t.Errorf("%d, %d bytes, %v", a.status, len(a.body), a.err)
+			}
+		})
+	}
 }
