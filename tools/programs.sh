@@ -12,7 +12,7 @@
 #
 # node_exporter is a Go module, which the Makefile installs; `tools/programs.sh DIR
 # node_exporter` fetches Debian's instead, for a machine that cannot build it.
-# `tools/programs.sh DIR shellcheck` is for lint.
+# `tools/programs.sh DIR shellcheck` is for lint, and nginx for the benchmarks.
 set -eu
 dir=$1
 shift
@@ -47,7 +47,7 @@ package() {
 	prometheus | promtool) echo prometheus ;;
 	pushgateway) echo prometheus-pushgateway ;;
 	node_exporter) echo prometheus-node-exporter ;;
-	shellcheck) echo shellcheck ;;
+	shellcheck | nginx) echo "$1" ;;
 	*) fail "unknown program $1" ;;
 	esac
 }
@@ -98,16 +98,17 @@ if ! (cd "$tmp/download" && apt download $packages) >>"$tmp/log" 2>&1; then
 	exit 1
 fi
 for deb in "$tmp"/download/*.deb; do
-	dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$tmp/root" ./usr/bin
+	dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$tmp/root" --wildcards './usr/*bin'
 done
 
 for name in $missing; do
-	for file in "$name" "prometheus-$(echo "$name" | tr _ -)"; do
-		[ -f "$tmp/root/usr/bin/$file" ] || continue
-		"$tmp/root/usr/bin/$file" --version >"$tmp/version" 2>&1 ||
+	case $name in nginx) version=-v ;; *) version=--version ;; esac
+	for file in "bin/$name" "bin/prometheus-$(echo "$name" | tr _ -)" "sbin/$name"; do
+		[ -f "$tmp/root/usr/$file" ] || continue
+		"$tmp/root/usr/$file" "$version" >"$tmp/version" 2>&1 ||
 			fail "$name does not run here: $(cat "$tmp/version")"
-		mv -f "$tmp/root/usr/bin/$file" "$dir/bin/$name"
-		sed -n '1s/ (.*//p' "$tmp/version" >&2
+		mv -f "$tmp/root/usr/$file" "$dir/bin/$name"
+		sed -n '1s/ (.*//; 1p' "$tmp/version" >&2
 		continue 2
 	done
 	fail "no $name in$packages"
