@@ -21,7 +21,7 @@ LDFLAGS   = -s -w -X $X.Version=$(VERSION) -X $X.Revision=$(REVISION) -X $X.Bran
 RACE = $(shell printf '\043include <stdlib.h>\nint main(void) { return 0; }\n' | $$(go env CC) -x c -o /dev/null - 2>/dev/null && echo -race)
 
 .DEFAULT_GOAL := help
-.PHONY: build test e2e lint fmt docs bench demo image tools clean help
+.PHONY: build test e2e browser lint fmt docs bench demo image tools clean help
 
 build: ## build ./promferry, one static binary
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '$(LDFLAGS)' -o promferry ./cmd/promferry
@@ -32,11 +32,16 @@ test: $(GOTESTSUM) ## unit tests, with the race detector where there is a C comp
 e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway, node_exporter, systemd
 	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
 
+browser: $(GOTESTSUM) ## the web pages in a real Chromium; SCREENSHOTS=dir keeps what they look like
+	@tools/programs.sh $(TOOLS) chromium
+	cd e2e/browser && $(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 5m ./...
+
 lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, go.mod tidy
 	@tools/programs.sh $(TOOLS) shellcheck
 	PATH="$(BIN):$$PATH" shellcheck .ci/run $$(find . -name '*.sh' -not -path './.tools/*')
 	go mod tidy -diff
 	go vet -tags e2e,bench ./...
+	cd e2e/browser && go mod tidy -diff && go vet -tags e2e ./... && $(GOLANGCI_LINT) run
 	$(GOLANGCI_LINT) config verify
 	$(GOLANGCI_LINT) run
 

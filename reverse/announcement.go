@@ -68,6 +68,15 @@ func (t Target) URL(name string) string {
 	return u
 }
 
+// plainPath returns the path without escapes: Prometheus adds them itself.
+func (t Target) plainPath() string {
+	path, err := url.PathUnescape(t.Path)
+	if err != nil {
+		return t.Path // Validated, so this does not happen.
+	}
+	return path
+}
+
 func (t Target) scheme() string {
 	if t.Scheme == "" {
 		return "http"

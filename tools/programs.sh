@@ -12,7 +12,9 @@
 #
 # node_exporter is a Go module, which the Makefile installs; `tools/programs.sh DIR
 # node_exporter` fetches Debian's instead, for a machine that cannot build it.
-# `tools/programs.sh DIR shellcheck` is for lint, and nginx for the benchmarks.
+# `tools/programs.sh DIR shellcheck` is for lint, nginx for the benchmarks, and chromium for
+# the tests that look at the web pages. A browser comes with the libraries that the machine
+# has not and with a font, below DIR/chromium: some 100 MB.
 set -eu
 dir=$1
 shift
@@ -48,6 +50,7 @@ package() {
 	pushgateway) echo prometheus-pushgateway ;;
 	node_exporter) echo prometheus-node-exporter ;;
 	shellcheck | nginx) echo "$1" ;;
+	chromium) echo chromium-headless-shell ;;
 	*) fail "unknown program $1" ;;
 	esac
 }
@@ -88,8 +91,21 @@ apt() {
 echo "fetching$packages from Debian's packages" >&2
 # A source that cannot be reached costs the rest nothing: what counts is the download.
 apt update >"$tmp/log" 2>&1 || true
-# shellcheck disable=SC2086 # one word for each package
-if ! (cd "$tmp/download" && apt download $packages) >>"$tmp/log" 2>&1; then
+# fetch puts the packages into $tmp/download, for the browser with what they depend on.
+fetch() {
+	case $missing in
+	*chromium*)
+		# shellcheck disable=SC2086 # one word for each package
+		apt -o Debug::NoLocking=1 -o Dir::Cache::archives="$tmp/download" install -y --download-only \
+			--no-install-recommends $packages fonts-dejavu-core fontconfig-config
+		;;
+	*)
+		# shellcheck disable=SC2086 # as above
+		(cd "$tmp/download" && apt download $packages)
+		;;
+	esac
+}
+if ! fetch >>"$tmp/log" 2>&1; then
 	cat "$tmp/log" >&2
 	echo "could not download$packages; instead, name the programs:" >&2
 	for name in $missing; do
@@ -98,10 +114,37 @@ if ! (cd "$tmp/download" && apt download $packages) >>"$tmp/log" 2>&1; then
 	exit 1
 fi
 for deb in "$tmp"/download/*.deb; do
-	dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$tmp/root" --wildcards './usr/*bin'
+	dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$tmp/root"
 done
 
+# browser makes bin/chromium, which starts the unpacked browser with the libraries and the
+# fonts that were unpacked with it, and the system's for the rest.
+browser() {
+	rm -rf "$dir/chromium"
+	mv "$tmp/root" "$dir/chromium"
+	mkdir -p "$tmp/root/usr/bin"
+	cat >"$dir/chromium/fonts.conf" <<-EOF
+		<?xml version="1.0"?>
+		<fontconfig>
+		  <dir>$dir/chromium/usr/share/fonts</dir>
+		  <dir>/usr/share/fonts</dir>
+		  <cachedir>$dir/chromium/var/cache/fontconfig</cachedir>
+		</fontconfig>
+	EOF
+	cat >"$tmp/root/usr/bin/chromium" <<-EOF
+		#!/bin/sh
+		root='$dir/chromium'
+		for libs in "\$root"/lib/*-linux-gnu* "\$root"/usr/lib/*-linux-gnu* "\$root"/usr/lib/*-linux-gnu*/*/; do
+			LD_LIBRARY_PATH=\${LD_LIBRARY_PATH:+\$LD_LIBRARY_PATH:}\$libs
+		done
+		export LD_LIBRARY_PATH FONTCONFIG_FILE="\$root/fonts.conf"
+		exec "\$root/usr/lib/chromium/chromium-headless-shell" "\$@"
+	EOF
+	chmod +x "$tmp/root/usr/bin/chromium"
+}
+
 for name in $missing; do
+	[ "$name" != chromium ] || browser
 	case $name in nginx) version=-v ;; *) version=--version ;; esac
 	for file in "bin/$name" "bin/prometheus-$(echo "$name" | tr _ -)" "sbin/$name"; do
 		[ -f "$tmp/root/usr/$file" ] || continue

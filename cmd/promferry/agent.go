@@ -83,7 +83,7 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return err
 	}
 
-	logger := newLogger(in.stderr, s)
+	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
 	registry := newRegistry()
 	notifier := newNotifier(logger)
 	var forward *forwarder.Forwarder
@@ -98,6 +98,10 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	}
 	if a.dryRun {
 		return forward.DryRun(ctx, in.stdout)
+	}
+	reversePull, err := newPull(s, scrapeClient, logger, registry)
+	if err != nil {
+		return err
 	}
 	lock, err := a.lock()
 	if err != nil {
@@ -123,12 +127,14 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
 	}
-	r := newReloader(registry, logger, func() error {
+	r := newReloader("agent", registry, logger, func() error {
 		useScrape, scrapeErr := scrapeClient.Load()
 		usePush, pushErr := pushClient.Load()
-		if err := errors.Join(scrapeErr, pushErr, validateWebConfig(s.WebConfigFile.value)); err != nil {
+		usePull, pullErr := reversePull.load()
+		if err := errors.Join(scrapeErr, pushErr, pullErr, validateWebConfig(s.WebConfigFile.value)); err != nil {
 			return err
 		}
+		usePull()
 		useScrape()
 		usePush()
 		forward.Reload()
@@ -136,7 +142,7 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, logger)
-	return a.serve(ctx, forward, deliver, web, r, notifier, logger)
+	return a.serve(ctx, forward, deliver, reversePull, web, r, notifier, logger)
 }
 
 // deliverer returns what delivers what batch jobs on this host could not push.
@@ -197,11 +203,7 @@ func (a *agentCommand) lock() (*lockfile.Lock, error) {
 }
 
 // serve forwards and answers requests until ctx ends.
-func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, deliver *batch.Deliverer, web *web, r *reloader, notifier *notifier, logger *slog.Logger) error {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
-
+func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, deliver *batch.Deliverer, reversePull *pull, web *web, r *reloader, notifier *notifier, logger *slog.Logger) error {
 	logger.Info("Starting promferry agent", "version", version.Version, "targets", a.settings.PushTargets.String(),
 		"gateways", a.settings.PushUrls.String(), "instance", a.settings.Instance.value)
 	// The address answers until the last group is left, so that a probe sees the agent
@@ -211,21 +213,19 @@ func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, 
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return web.Run(webCtx) })
 	group.Go(func() error { return deliver.Run(groupCtx) })
+	if reversePull != nil {
+		group.Go(func() error { return reversePull.Run(groupCtx) })
+	}
 	group.Go(func() error {
 		defer stopWeb()
 		return forward.Run(groupCtx)
 	})
+	group.Go(func() error { return r.Run(groupCtx) })
 	group.Go(func() error {
-		for {
-			select {
-			case <-hangup:
-				_ = r.reload() // Logged and counted there.
-			case <-groupCtx.Done():
-				web.stopping()
-				notifier.stopping()
-				return nil
-			}
-		}
+		<-groupCtx.Done()
+		web.stopping()
+		notifier.stopping()
+		return nil
 	})
 	web.ready()
 	notifier.ready()
@@ -234,11 +234,11 @@ func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, 
 	return err
 }
 
-func newLogger(stderr io.Writer, s *agentSettings) *slog.Logger {
+func newLogger(stderr io.Writer, level, format string) *slog.Logger {
 	cfg := &promslog.Config{Level: promslog.NewLevel(), Format: promslog.NewFormat(), Writer: stderr}
 	// Both were checked with the settings.
-	_ = cfg.Level.Set(s.LogLevel.value)
-	_ = cfg.Format.Set(s.LogFormat.value)
+	_ = cfg.Level.Set(level)
+	_ = cfg.Format.Set(format)
 	return promslog.New(cfg)
 }
 
@@ -257,24 +257,26 @@ type reloader struct {
 	logger        *slog.Logger
 	read          func() error
 	before, after func()
+	hangup        chan os.Signal
 	mu            sync.Mutex
 	total         *prometheus.CounterVec
 	successful    prometheus.Gauge
 	at            prometheus.Gauge
 }
 
-func newReloader(r prometheus.Registerer, logger *slog.Logger, read func() error) *reloader {
+func newReloader(role string, r prometheus.Registerer, logger *slog.Logger, read func() error) *reloader {
 	l := &reloader{
+		hangup: make(chan os.Signal, 1),
 		logger: logger,
 		read:   read,
 		total: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "promferry_agent_reloads_total", Help: "Reloads of the files that settings name.",
+			Name: "promferry_" + role + "_reloads_total", Help: "Reloads of the files that settings name.",
 		}, []string{"outcome"}),
 		successful: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "promferry_agent_last_reload_successful", Help: "Whether the last reload succeeded, 1 before the first.",
+			Name: "promferry_" + role + "_last_reload_successful", Help: "Whether the last reload succeeded, 1 before the first.",
 		}),
 		at: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "promferry_agent_last_reload_success_timestamp_seconds", Help: "When files were last read with success, in Unix time.",
+			Name: "promferry_" + role + "_last_reload_success_timestamp_seconds", Help: "When files were last read with success, in Unix time.",
 		}),
 	}
 	r.MustRegister(l.total, l.successful, l.at)
@@ -282,7 +284,21 @@ func newReloader(r prometheus.Registerer, logger *slog.Logger, read func() error
 	l.total.WithLabelValues("failure")
 	l.successful.Set(1)
 	l.at.SetToCurrentTime()
+	signal.Notify(l.hangup, syscall.SIGHUP) // From now on it does not kill.
 	return l
+}
+
+// Run reloads on each SIGHUP, until ctx ends.
+func (l *reloader) Run(ctx context.Context) error {
+	defer signal.Stop(l.hangup)
+	for {
+		select {
+		case <-l.hangup:
+			_ = l.reload() // Logged and counted there.
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // reload reads the files. A bad one is logged, and changes nothing.

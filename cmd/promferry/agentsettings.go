@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -18,6 +19,7 @@ import (
 	"github.com/promferry/promferry/forwarder"
 	"github.com/promferry/promferry/internal/safeurl"
 	"github.com/promferry/promferry/pushgw"
+	"github.com/promferry/promferry/reverse"
 	"github.com/promferry/promferry/target"
 )
 
@@ -43,6 +45,12 @@ type agentSettings struct {
 	ScrapeTimeout    *setting[model.Duration]      `split_words:"true"`
 	ScrapeMaxBytes   *setting[units.Base2Bytes]    `split_words:"true"`
 	ScrapeHTTPConfig *setting[string]              `split_words:"true"`
+	PullTargets      *setting[list[target.Target]] `split_words:"true"`
+	PullAllows       *setting[list[allowance]]     `split_words:"true"`
+	PullMaxBytes     *setting[units.Base2Bytes]    `split_words:"true"`
+	ProxyUrls        *setting[list[proxyURL]]      `split_words:"true"`
+	ProxyHTTPConfig  *setting[string]              `split_words:"true"`
+	Fqdn             *setting[string]              `split_words:"true"`
 	MetricKeep       *setting[pattern]             `split_words:"true"`
 	MetricDrop       *setting[pattern]             `split_words:"true"`
 	Instance         *setting[string]              `split_words:"true"`
@@ -61,7 +69,7 @@ func newAgentSettings() *agentSettings {
 	stateDir, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
 	return &agentSettings{
 		PushTargets: listOf("push.target", "What to scrape, and its job label, as job=URL.",
-			list[target.Target]{must(target.Parse("node=http://127.0.0.1:9100/metrics"))}, target.Parse),
+			list[target.Target]{defaultTarget()}, target.Parse),
 		PushUrls: listOf("push.url", "URL of a Pushgateway: each target is put to each.",
 			list[gatewayURL]{must(parseGatewayURL("http://127.0.0.1:9091"))}, parseGatewayURL),
 		PushInterval:     duration("push.interval", 15*time.Second, "How often to scrape and put."),
@@ -75,6 +83,12 @@ func newAgentSettings() *agentSettings {
 		ScrapeTimeout:    duration("scrape.timeout", 0, "How long a scrape may take. 0s: 10s, or the interval when that is shorter."),
 		ScrapeMaxBytes:   size("scrape.max-bytes", 64*units.MiB, "Up to which size an exposition is read, decompressed."),
 		ScrapeHTTPConfig: text("scrape.http-config", "", "Prometheus http_config file for the way to the targets."),
+		PullTargets:      listOf("pull.target", "What the proxies may scrape here, and its job label, as job=URL. Without any target set, with a proxy, it is what is pushed by default.", nil, target.Parse),
+		PullAllows:       listOf("pull.allow", "What else the proxies may scrape on this host: a port, a path, both (9100/metrics), or any.", nil, parseAllowance),
+		PullMaxBytes:     size("pull.max-bytes", 256*units.MiB, "Up to which size the answer of a pull target is passed on, as it comes."),
+		ProxyUrls:        listOf("proxy-url", "URL of a proxy (promferry proxy, or PushProx's): lines are kept open to each.", nil, parseProxyURL),
+		ProxyHTTPConfig:  text("proxy.http-config", "", "Prometheus http_config file for the way to the proxies."),
+		Fqdn:             text("fqdn", "", `Name that the proxies scrape this host by. "": the host's fully qualified name.`),
 		MetricKeep:       regex("metric.keep", "Put only families whose whole name matches this regular expression."),
 		MetricDrop:       regex("metric.drop", "Do not put families whose whole name matches this regular expression."),
 		Instance:         text("instance", hostname, "Value of the instance label."),
@@ -82,8 +96,8 @@ func newAgentSettings() *agentSettings {
 		LockFile:         text("lock.file", "", `Lock that keeps a second agent from running. "": agent.pid in the state directory.`),
 		WebListenAddress: text("web.listen-address", "127.0.0.1:9099", "Address to listen on for /metrics, /-/healthy, /-/ready and /-/reload."),
 		WebConfigFile:    text("web.config.file", "", "Prometheus web configuration file, for TLS and authentication of that address."),
-		LogLevel:         oneOf("log.level", "info", "Only log from this level on: debug, info, warn or error.", "debug", "info", "warn", "error"),
-		LogFormat:        oneOf("log.format", "logfmt", "Format of the log: logfmt or json.", "logfmt", "json"),
+		LogLevel:         logLevel(),
+		LogFormat:        logFormat(),
 	}
 }
 
@@ -92,6 +106,7 @@ func (s *agentSettings) all() []anySetting {
 	return []anySetting{
 		s.PushTargets, s.PushUrls, s.PushInterval, s.PushSchedule, s.PushTimeout, s.PushExpiresAfter, s.PushLabels,
 		s.PushOnStop, s.PushFormat, s.PushHTTPConfig, s.ScrapeTimeout, s.ScrapeMaxBytes, s.ScrapeHTTPConfig,
+		s.PullTargets, s.PullAllows, s.PullMaxBytes, s.ProxyUrls, s.ProxyHTTPConfig, s.Fqdn,
 		s.MetricKeep, s.MetricDrop, s.Instance, s.StateDir, s.LockFile, s.WebListenAddress, s.WebConfigFile,
 		s.LogLevel, s.LogFormat,
 	}
@@ -107,6 +122,7 @@ func (s *agentSettings) check() []error {
 	if s.PushSchedule.isSet() && s.PushInterval.isSet() {
 		errs = append(errs, s.PushSchedule.fault(fmt.Errorf("cannot go with %s: set one of them", s.PushInterval.name())))
 	}
+	errs = append(errs, s.checkPull()...)
 	if s.LockFile.value == "" {
 		s.LockFile.value = filepath.Join(s.StateDir.value, "agent.pid")
 	}
@@ -124,14 +140,111 @@ func (s *agentSettings) check() []error {
 	} else if err := pushgw.ValidateLabel(model.InstanceLabel, s.Instance.value); err != nil {
 		errs = append(errs, s.Instance.fault(err))
 	}
-	if host, _, err := net.SplitHostPort(s.WebListenAddress.value); err != nil || strings.ContainsAny(host, "/@") {
-		errs = append(errs, s.WebListenAddress.fault(fmt.Errorf("%q: want host:port, as in 127.0.0.1:9099 or :9099", safeurl.Text(s.WebListenAddress.value))))
-	}
+	errs = append(errs, checkAddress(s.WebListenAddress, "127.0.0.1:9099 or :9099")...)
 	errs = append(errs, twice(s.PushTargets, func(t target.Target) string { return t.Job }, "two targets have the job %q: their groups would be one")...)
 	errs = append(errs, twice(s.PushUrls, withoutSlash, "the Pushgateway %s stands there twice")...)
 	errs = append(errs, twice(s.PushLabels, func(l label) string { return l.name }, "the label %q stands there twice")...)
 	return errs
 }
+
+// checkPull works out the targets of both kinds, and returns what is wrong with reverse pull.
+func (s *agentSettings) checkPull() []error {
+	proxies := len(s.ProxyUrls.value) > 0
+	switch {
+	case s.PushTargets.isSet():
+	case s.PullTargets.isSet():
+		s.PushTargets.value = nil
+	case proxies:
+		s.PushTargets.value, s.PullTargets.value = nil, list[target.Target]{defaultTarget()}
+	}
+	if !proxies {
+		var errs []error
+		if s.PullTargets.isSet() && !s.ProxyUrls.isSet() {
+			errs = append(errs, s.PullTargets.fault(errors.New("nobody could scrape them: set --proxy-url")))
+		}
+		return errs
+	}
+	var errs []error
+	if s.Fqdn.value == "" {
+		s.Fqdn.value = hostFQDN()
+		if s.Fqdn.value == "localhost" || s.Fqdn.value == "unknown" || s.Fqdn.value == "" {
+			errs = append(errs, s.Fqdn.fault(fmt.Errorf("this host's own name is %q, as that of others may be: set one that no other host has", s.Fqdn.value)))
+		}
+	}
+	if err := reverse.ValidateName(s.Fqdn.value); err != nil && s.Fqdn.value != "" {
+		errs = append(errs, s.Fqdn.fault(err))
+	}
+	mapped := make(map[string]string)
+	for _, t := range s.PullTargets.value {
+		announced := reverse.Announce(cmp.Or(s.Instance.value, "x"), nil, []reverse.PullTarget{{Job: t.Job, URL: t.URL}})
+		if err := announced.Validate(); err != nil {
+			errs = append(errs, s.PullTargets.fault(err))
+			continue
+		}
+		place := announced.Targets[0]
+		place.Scheme = ""
+		u := place.URL(s.Fqdn.value)
+		if other, ok := mapped[u]; ok {
+			errs = append(errs, s.PullTargets.fault(fmt.Errorf("the targets %q and %q would both be scraped as %s: give one of them another port or path", other, t.Job, safeurl.Text(u))))
+		}
+		mapped[u] = t.Job
+	}
+	labels := make(map[string]string)
+	for _, l := range s.PushLabels.value {
+		labels[l.name] = l.value
+	}
+	if err := (&reverse.Announcement{Instance: cmp.Or(s.Instance.value, "x"), Labels: labels}).Validate(); err != nil && len(s.PullTargets.value) > 0 {
+		errs = append(errs, s.PushLabels.fault(err))
+	}
+	errs = append(errs, twice(s.PullTargets, func(t target.Target) string { return t.Job }, "two targets have the job %q: their series would be the same")...)
+	return append(errs, twice(s.ProxyUrls, func(u proxyURL) string { return strings.TrimRight(u.String(), "/") }, "the proxy %s stands there twice")...)
+}
+
+// hostFQDN returns the host's fully qualified name, or what it has.
+func hostFQDN() string {
+	hostname, err := os.Hostname()
+	if err != nil || strings.Contains(hostname, ".") {
+		return hostname
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if name, err := net.DefaultResolver.LookupCNAME(ctx, hostname); err == nil && strings.HasPrefix(name, hostname+".") {
+		return strings.TrimSuffix(name, ".")
+	}
+	addresses, _ := net.DefaultResolver.LookupHost(ctx, hostname)
+	for _, address := range addresses {
+		names, _ := net.DefaultResolver.LookupAddr(ctx, address)
+		for _, name := range names {
+			if strings.HasPrefix(name, hostname+".") {
+				return strings.TrimSuffix(name, ".")
+			}
+		}
+	}
+	return hostname
+}
+
+func defaultTarget() target.Target { return must(target.Parse("node=http://127.0.0.1:9100/metrics")) }
+
+// proxyURL is the URL of a proxy.
+type proxyURL struct{ *url.URL }
+
+func (u proxyURL) String() string { return safeurl.String(u.URL) }
+
+func parseProxyURL(s string) (proxyURL, error) {
+	u, err := target.ParseURL(s)
+	if err != nil {
+		return proxyURL{}, fmt.Errorf("%q: %w", safeurl.Text(s), err)
+	}
+	if u.RawQuery != "" || u.Fragment != "" {
+		return proxyURL{}, fmt.Errorf("%q: want the proxy's own URL, without a query, as in http://hub:8080", safeurl.Text(s))
+	}
+	return proxyURL{u}, nil
+}
+
+// allowance is a reverse.Allowance.
+type allowance = reverse.Allowance
+
+func parseAllowance(s string) (allowance, error) { return reverse.ParseAllowance(s) }
 
 // schedule returns the cron expression's, or the interval's.
 func (s *agentSettings) schedule() forwarder.Schedule {

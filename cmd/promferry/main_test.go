@@ -176,7 +176,7 @@ func gone(ts *testscript.TestScript, _ bool, args []string) {
 
 func TestOwnMetricsLint(t *testing.T) {
 	registry := newRegistry()
-	_ = newReloader(registry, nil, nil)
+	_ = newReloader("agent", registry, nil, nil)
 	problems, err := testutil.GatherAndLint(registry)
 	if err != nil {
 		t.Fatal(err)

@@ -16,34 +16,47 @@ import (
 	toolkit "github.com/prometheus/exporter-toolkit/web"
 )
 
-// web answers requests on the agent's own address.
-type web struct {
-	listener net.Listener
-	server   *http.Server
-	config   string
-	logger   *slog.Logger
-	isReady  atomic.Bool
+// admin answers what a daemon is asked about itself: /-/healthy, /-/ready and /-/reload.
+type admin struct {
+	*http.ServeMux
+	isReady atomic.Bool
 }
 
-func newWeb(listener net.Listener, config string, registry *prometheus.Registry, reload func() error, logger *slog.Logger) *web {
-	w := &web{listener: listener, config: config, logger: logger}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
-	mux.HandleFunc("GET /-/healthy", func(rw http.ResponseWriter, _ *http.Request) { say(rw, http.StatusOK, "promferry agent is healthy.") })
-	mux.HandleFunc("GET /-/ready", func(rw http.ResponseWriter, _ *http.Request) {
-		if !w.isReady.Load() {
-			say(rw, http.StatusServiceUnavailable, "promferry agent is not ready.")
+func newAdmin(role string, reload func() error) *admin {
+	a := &admin{ServeMux: http.NewServeMux()}
+	a.HandleFunc("GET /-/healthy", func(rw http.ResponseWriter, _ *http.Request) {
+		say(rw, http.StatusOK, "promferry "+role+" is healthy.")
+	})
+	a.HandleFunc("GET /-/ready", func(rw http.ResponseWriter, _ *http.Request) {
+		if !a.isReady.Load() {
+			say(rw, http.StatusServiceUnavailable, "promferry "+role+" is not ready.")
 			return
 		}
-		say(rw, http.StatusOK, "promferry agent is ready.")
+		say(rw, http.StatusOK, "promferry "+role+" is ready.")
 	})
-	mux.HandleFunc("POST /-/reload", func(rw http.ResponseWriter, _ *http.Request) {
+	a.HandleFunc("POST /-/reload", func(rw http.ResponseWriter, _ *http.Request) {
 		if err := reload(); err != nil {
 			say(rw, http.StatusInternalServerError, "reload: "+err.Error())
 			return
 		}
 		say(rw, http.StatusOK, "Reloaded.")
 	})
+	return a
+}
+
+func (a *admin) ready()    { a.isReady.Store(true) }
+func (a *admin) stopping() { a.isReady.Store(false) }
+
+// web answers requests on the agent's own address.
+type web struct {
+	*server
+	*admin
+}
+
+func newWeb(listener net.Listener, config string, registry *prometheus.Registry, reload func() error, logger *slog.Logger) *web {
+	w := &web{admin: newAdmin("agent", reload)}
+	mux := w.ServeMux
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
 	landing, err := toolkit.NewLandingPage(toolkit.LandingConfig{
 		Name:        "promferry agent",
 		Description: "Puts what targets on this host expose to Pushgateways",
@@ -59,16 +72,9 @@ func newWeb(listener net.Listener, config string, registry *prometheus.Registry,
 		panic(err) // The template of a library with our constants in it.
 	}
 	mux.Handle("GET /{$}", landing)
-	w.server = &http.Server{
-		// A page of another site that somebody on this host looks at must not reload.
-		Handler:           http.NewCrossOriginProtection().Handler(mux),
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       30 * time.Second,
-		WriteTimeout:      time.Minute,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
-	}
+	// A page of another site that somebody on this host looks at must not reload.
+	w.server = newServer(listener, config, http.NewCrossOriginProtection().Handler(mux), logger)
+	w.http.ReadTimeout, w.http.WriteTimeout = 30*time.Second, time.Minute
 	return w
 }
 
@@ -78,14 +84,33 @@ func say(rw http.ResponseWriter, status int, sentence string) {
 	_, _ = io.WriteString(rw, sentence+"\n")
 }
 
-func (w *web) ready()    { w.isReady.Store(true) }
-func (w *web) stopping() { w.isReady.Store(false) }
+// server serves HTTP on one address, with a web configuration file.
+type server struct {
+	listener net.Listener
+	http     *http.Server
+	config   string
+	logger   *slog.Logger
+}
+
+// newServer returns a server. Handlers bound the time of reading bodies and of writing.
+func newServer(listener net.Listener, config string, handler http.Handler, logger *slog.Logger) *server {
+	s := &server{listener: listener, config: config, logger: logger, http: &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       6 * time.Minute, // Longer than Prometheus keeps its own idle connections.
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+		Protocols:         &http.Protocols{},
+	}}
+	s.http.Protocols.SetHTTP1(true) // A line cannot be made of an HTTP/2 stream.
+	return s
+}
 
 // Run answers until ctx ends.
-func (w *web) Run(ctx context.Context) error {
-	stopped := context.AfterFunc(ctx, func() { _ = w.server.Close() })
+func (s *server) Run(ctx context.Context) error {
+	stopped := context.AfterFunc(ctx, func() { _ = s.http.Close() })
 	defer stopped()
-	err := toolkit.Serve(w.listener, w.server, &toolkit.FlagConfig{WebConfigFile: &w.config}, w.logger)
+	err := toolkit.Serve(s.listener, s.http, &toolkit.FlagConfig{WebConfigFile: &s.config}, s.logger)
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

@@ -24,13 +24,20 @@ func UserAgent() string { return "promferry/" + version.Version }
 // put would land in another group. It is safe for concurrent use.
 type Client struct {
 	name, file string
+	dial       Dial
 	current    atomic.Pointer[http.Client]
 }
 
+// Dial connects, as net.Dialer's DialContext does.
+type Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
 // New returns a client for the http_config in file; an empty file name means plain
 // requests without credentials. Name stands in errors, and tells clients apart.
-func New(name, file string) (*Client, error) {
-	c := &Client{name: name, file: file}
+func New(name, file string) (*Client, error) { return NewWithDial(name, file, nil) }
+
+// NewWithDial returns a client that connects by dial; nil means as always.
+func NewWithDial(name, file string, dial Dial) (*Client, error) {
+	c := &Client{name: name, file: file, dial: dial}
 	use, err := c.Load()
 	if err != nil {
 		return nil, err
@@ -55,7 +62,11 @@ func (c *Client) Load() (use func(), err error) {
 	// HTTP/1.1 alone: one request at a time needs no multiplexing, and a dead HTTP/2
 	// connection stays in use after its requests have timed out.
 	cfg.EnableHTTP2 = false
-	client, err := config.NewClientFromConfig(*cfg, c.name, config.WithHTTP2Disabled(), config.WithUserAgent(UserAgent()))
+	options := []config.HTTPClientOption{config.WithHTTP2Disabled()}
+	if c.dial != nil {
+		options = append(options, config.WithDialContextFunc(config.DialContextFunc(c.dial)))
+	}
+	client, err := config.NewClientFromConfig(*cfg, c.name, options...)
 	if err != nil {
 		return nil, fmt.Errorf("use %s: %w", c.file, withoutValues(err))
 	}
@@ -89,9 +100,12 @@ func readable(cfg *config.HTTPClientConfig) error {
 	return nil
 }
 
-// Do sends a request. Its errors leave out the URL, which the caller knows and which may
-// hold secrets.
+// Do sends a request, with our User-Agent if it says none. Its errors leave out the URL,
+// which the caller knows and which may hold secrets.
 func (c *Client) Do(req *http.Request) (*http.Response, error) {
+	if _, ok := req.Header["User-Agent"]; !ok {
+		req.Header.Set("User-Agent", UserAgent())
+	}
 	resp, err := c.current.Load().Do(req)
 	if ue, ok := errors.AsType[*url.Error](err); ok {
 		err = ue.Err

@@ -1,0 +1,250 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/common/version"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/promferry/promferry/internal/statedir"
+	"github.com/promferry/promferry/lockfile"
+	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/longpoll"
+	"github.com/promferry/promferry/reverse/ptth"
+)
+
+// drainBudget is how long the proxy takes at most to stop: what a scrape may take by default,
+// and a little more. systemd/promferry-proxy.service gives it some seconds more.
+const drainBudget = 20 * time.Second
+
+// proxyCommand is promferry proxy.
+type proxyCommand struct{ settings *proxySettings }
+
+func newProxyCommand(app *kingpin.Application) *proxyCommand {
+	app.Command("proxy", "Let Prometheus scrape clients over connections that they opened (proxy_url, http_sd_configs).")
+	return &proxyCommand{settings: newProxySettings()}
+}
+
+func (*proxyCommand) name() string { return "proxy" }
+
+func (p *proxyCommand) sets() ([]any, []anySetting) { return []any{p.settings}, p.settings.all() }
+
+// run runs the proxy until it is told to stop.
+func (p *proxyCommand) run(in *invocation) (int, error) {
+	return 0, p.serveUntilStopped(in.context(), in)
+}
+
+// knownClients is where the proxy keeps the clients that it knows.
+type knownClients struct{ dir *statedir.Dir }
+
+const knownClientsFile = "clients.json"
+
+func (k knownClients) Load() ([]byte, error) {
+	f, err := k.dir.OpenFile(knownClientsFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	return io.ReadAll(f)
+}
+
+func (k knownClients) Save(b []byte) error { return k.dir.WriteFile(knownClientsFile, b) }
+
+func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) error {
+	s := p.settings
+	errs := append(in.unknown, s.check()...)
+	for _, file := range []*setting[string]{s.WebConfigFile, s.ClientConfigFile} {
+		if err := validateWebConfig(file.value); err != nil {
+			errs = append(errs, file.fault(err))
+		}
+	}
+	if err := faults(errs); err != nil {
+		return err
+	}
+	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
+	registry := newRegistry()
+	dir, err := statedir.Open(s.StateDir.value)
+	if err != nil {
+		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
+	}
+	defer func() { _ = dir.Close() }()
+	lock, err := lockfile.Acquire(dir.Path("proxy.pid"))
+	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
+		return fmt.Errorf("another proxy has this state directory: %w", held)
+	} else if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Release() }()
+
+	clients, err := reverse.NewRegistry(reverse.RegistryConfig{
+		MaxClients: s.LimitClients.value, MaxLines: s.LimitClientLines.value, MaxScrapes: s.LimitClientScrapes.value,
+		ForgetAfter: time.Duration(s.SDForgetAfter.value), Settle: time.Duration(s.SDSettle.value),
+		Store: knownClients{dir}, Logger: logger, Registerer: registry,
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", dir.Path(knownClientsFile), err)
+	}
+	hub := ptth.NewHub(ptth.HubConfig{Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value), Logger: logger, Registerer: registry})
+	polls := longpoll.NewHub(longpoll.HubConfig{
+		Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value), MaxBytes: int64(s.ScrapeMaxBytes.value),
+		Logger: logger, Registerer: registry,
+	})
+	proxy := reverse.NewProxy(reverse.ProxyConfig{
+		Registry:   clients,
+		MaxTimeout: time.Duration(s.ScrapeMaxTimeout.value), DefaultTimeout: time.Duration(s.ScrapeDefaultTimeout.value),
+		TunnelIdle: time.Duration(s.TunnelIdleTimeout.value), MaxScrapes: s.LimitScrapes.value, MaxBytes: int64(s.ScrapeMaxBytes.value),
+		Logger: logger, Registerer: registry,
+	})
+	notifier := newNotifier(logger)
+	r := newReloader("proxy", registry, logger, func() error {
+		return errors.Join(validateWebConfig(s.WebConfigFile.value), validateWebConfig(s.ClientConfigFile.value))
+	})
+	r.before, r.after = notifier.reloading, notifier.ready
+
+	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, logger: logger, notifier: notifier, reloader: r}
+	return d.run(ctx, registry)
+}
+
+// proxyDaemon is the proxy while it runs.
+type proxyDaemon struct {
+	settings *proxySettings
+	clients  *reverse.Registry
+	hub      *ptth.Hub
+	polls    *longpoll.Hub
+	proxy    *reverse.Proxy
+	logger   *slog.Logger
+	notifier *notifier
+	reloader *reloader
+}
+
+func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) error {
+	s := d.settings
+	forClients := http.NewServeMux()
+	lines := func(mux *http.ServeMux) {
+		mux.Handle("/ptth", d.hub)
+		mux.HandleFunc("/poll", d.polls.Poll)
+		mux.HandleFunc("/push", d.polls.Push)
+	}
+	lines(forClients)
+	admin := newAdmin("proxy", d.reloader.reload)
+	own := http.NewServeMux()
+	own.Handle("/-/", admin)
+	own.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
+	own.HandleFunc("GET /sd", d.clients.Discovery)
+	own.Handle("GET /clients", d.clients.ListClients(time.Duration(s.RegistrationTimeout.value)))
+	if s.ClientListenAddress.value == "" {
+		lines(own)
+	}
+	protected := http.NewCrossOriginProtection().Handler(own)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if reverse.IsScrape(r) {
+			d.proxy.ServeHTTP(w, r)
+			return
+		}
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
+		protected.ServeHTTP(w, r)
+	})
+
+	type face struct{ address, config *setting[string] }
+	faces := []face{{s.WebListenAddress, s.WebConfigFile}}
+	handlers := []http.Handler{handler}
+	if s.ClientListenAddress.value != "" {
+		faces = append(faces, face{s.ClientListenAddress, s.ClientConfigFile})
+		handlers = append(handlers, forClients)
+	}
+	var servers []*server
+	for i, f := range faces {
+		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.address.value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.address.name(), err)
+		}
+		server := newServer(listener, f.config.value, longpoll.RestoreTLS(handlers[i]), d.logger)
+		server.http.ConnContext = longpoll.ConnContext
+		servers = append(servers, server)
+	}
+
+	d.logger.Info("Starting promferry proxy", "version", version.Version, "state_dir", s.StateDir.value)
+	// All goes on until what is in flight is done.
+	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	group, groupCtx := errgroup.WithContext(ctx)
+	for _, server := range servers {
+		group.Go(func() error { return server.Run(serveCtx) })
+	}
+	group.Go(func() error {
+		// The last one is where clients come.
+		if err := servers[len(servers)-1].http.Serve(d.polls); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	})
+	group.Go(func() error { return d.polls.Run(serveCtx) })
+	group.Go(func() error { return d.hub.Run(serveCtx) })
+	group.Go(func() error { return d.clients.Run(serveCtx) })
+	group.Go(func() error { return d.reloader.Run(groupCtx) })
+	group.Go(func() error {
+		defer stop()
+		d.alive(groupCtx)
+		admin.stopping()
+		d.notifier.stopping()
+		d.drain(groupCtx)
+		return nil
+	})
+	admin.ready()
+	d.notifier.ready()
+	err := group.Wait()
+	d.logger.Info("Stopped")
+	return err
+}
+
+// alive tells systemd that the proxy is, until ctx ends.
+func (d *proxyDaemon) alive(ctx context.Context) {
+	interval := d.notifier.interval()
+	if interval == 0 {
+		<-ctx.Done()
+		return
+	}
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		d.notifier.alive(d.clients.Summary())
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// drain lets scrapes in flight end, and clients go elsewhere.
+func (d *proxyDaemon) drain(ctx context.Context) {
+	d.proxy.Stopping()
+	d.clients.Stopping()
+	d.hub.Move()
+	d.polls.Move()
+	limit := time.After(drainBudget)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for d.proxy.InFlight() > 0 {
+		select {
+		case <-tick.C:
+		case <-limit:
+			d.logger.Warn("Scrapes in flight are cut", "scrapes", d.proxy.InFlight(), "err", context.Cause(ctx))
+			return
+		}
+	}
+}

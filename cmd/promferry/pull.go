@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/version"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/promferry/promferry/internal/httpclient"
+	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/link"
+)
+
+// tunnelIdle is how long a CONNECT passes no byte before the agent closes it: longer than
+// Prometheus keeps a connection that is idle, and than the proxy does by default.
+const tunnelIdle = 6 * time.Minute
+
+// pull lets proxies scrape targets here.
+type pull struct {
+	client *reverse.Client
+	links  []*link.Link
+	// clients are what reads files that settings name.
+	clients []*httpclient.Client
+}
+
+// newPull returns the part of the agent that is for reverse pull; nil when no proxy is set.
+func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r prometheus.Registerer) (*pull, error) {
+	if len(s.ProxyUrls.value) == 0 {
+		return nil, nil
+	}
+	toProxy, err := httpclient.New("proxy", s.ProxyHTTPConfig.value)
+	if err != nil {
+		return nil, usageError{s.ProxyHTTPConfig.fault(err)}
+	}
+	own, err := httpclient.NewWithDial("scrape", s.ScrapeHTTPConfig.value, dialOwn)
+	if err != nil {
+		return nil, usageError{s.ScrapeHTTPConfig.fault(err)}
+	}
+	var targets []reverse.PullTarget
+	for _, t := range s.PullTargets.value {
+		targets = append(targets, reverse.PullTarget{Job: t.Job, URL: t.URL})
+	}
+	labels := make(map[string]string)
+	for _, l := range s.PushLabels.value {
+		labels[l.name] = l.value
+	}
+	p := &pull{clients: []*httpclient.Client{toProxy, own}}
+	p.client = reverse.NewClient(reverse.ClientConfig{
+		Name: s.Fqdn.value, Targets: targets, Allow: s.PullAllows.value,
+		HTTP: scrape, OwnHTTP: own, Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
+		MaxBytes: int64(s.PullMaxBytes.value), TunnelIdle: tunnelIdle, Logger: logger, Registerer: r,
+	})
+	header := http.Header{}
+	header.Set(reverse.HeaderClient, s.Fqdn.value)
+	header.Set(reverse.HeaderSession, rand.Text())
+	header.Set(reverse.HeaderVersion, version.Version)
+	announcement := reverse.Announce(s.Instance.value, labels, targets).String()
+	if len(announcement) > reverse.MaxAnnouncement {
+		return nil, usageError{s.PullTargets.fault(fmt.Errorf("too many to announce: %d bytes, at most %d", len(announcement), reverse.MaxAnnouncement))}
+	}
+	header.Set(reverse.HeaderAnnounce, announcement)
+	metrics := link.NewMetrics(r)
+	for _, u := range s.ProxyUrls.value {
+		p.links = append(p.links, link.New(link.Config{
+			URL: u.URL, HTTP: toProxy, Header: header, Targets: len(targets), Handler: p.client, Drain: shutdownBudget,
+			Logger: logger, Metrics: metrics,
+		}))
+	}
+	return p, nil
+}
+
+// Run keeps the lines open until ctx ends.
+func (p *pull) Run(ctx context.Context) error {
+	var group errgroup.Group
+	for _, l := range p.links {
+		group.Go(func() error { return l.Run(ctx) })
+	}
+	return group.Wait()
+}
+
+// dialOwn connects to this host, and to no other, whatever a name resolves to.
+func dialOwn(ctx context.Context, network, address string) (net.Conn, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	own, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	err = fmt.Errorf("%s is not an address of this host: name it by --pull.target", host)
+	for _, ip := range ips {
+		ip = ip.Unmap()
+		mine := ip.IsLoopback()
+		for _, a := range own {
+			if n, ok := a.(*net.IPNet); ok && n.IP.Equal(net.IP(ip.AsSlice())) && !ip.IsLinkLocalUnicast() {
+				mine = true
+			}
+		}
+		if !mine {
+			continue
+		}
+		conn, dialErr := (&net.Dialer{}).DialContext(ctx, network, net.JoinHostPort(ip.String(), port))
+		if dialErr == nil {
+			return conn, nil
+		}
+		err = dialErr
+	}
+	return nil, err
+}
+
+// load reads the files again; use takes them into use.
+func (p *pull) load() (use func(), err error) {
+	if p == nil {
+		return func() {}, nil
+	}
+	var uses []func()
+	for _, c := range p.clients {
+		u, loadErr := c.Load()
+		err = errors.Join(err, loadErr)
+		uses = append(uses, u)
+	}
+	return func() {
+		for _, u := range uses {
+			u()
+		}
+	}, err
+}

@@ -1,0 +1,2 @@
+// Package browser opens the web pages of promferry in a real Chromium: see its tests.
+package browser

@@ -1,0 +1,171 @@
+package reverse
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"hash/maphash"
+	"slices"
+	"time"
+)
+
+// saveEvery is how often the clients are saved at most: a fleet that comes back all at once
+// is some megabytes, each time.
+const saveEvery = 10 * time.Second
+
+// knownClient is a client as it is saved.
+type knownClient struct {
+	Name         string        `json:"name"`
+	Kind         string        `json:"kind,omitempty"`
+	Version      string        `json:"version,omitempty"`
+	Remote       string        `json:"remote,omitempty"`
+	Since        time.Time     `json:"since"`
+	Goodbye      bool          `json:"goodbye,omitempty"`
+	Announcement *Announcement `json:"announcement,omitempty"`
+}
+
+type knownClients struct {
+	Clients []knownClient `json:"clients"`
+}
+
+// load reads the clients that were known before the start.
+func (r *Registry) load() error {
+	if r.cfg.Store == nil {
+		return nil
+	}
+	b, err := r.cfg.Store.Load()
+	if err != nil {
+		return err
+	}
+	var known knownClients
+	if b != nil {
+		if err := json.Unmarshal(b, &known); err != nil {
+			return fmt.Errorf("clients known before: %w", err)
+		}
+	}
+	now := time.Now()
+	for _, k := range known.Clients {
+		if ValidateName(k.Name) != nil || k.Announcement != nil && k.Announcement.Validate() != nil {
+			r.cfg.Logger.Warn("Client known before is not understood, and forgotten", "client", fmt.Sprintf("%.60q", k.Name))
+			continue
+		}
+		if now.Sub(k.Since) >= r.cfg.ForgetAfter || len(r.clients) >= r.cfg.MaxClients {
+			continue
+		}
+		c := &client{name: k.Name, kind: k.Kind, version: k.Version, remote: k.Remote, since: k.Since, goodbye: k.Goodbye}
+		r.clients[k.Name] = c
+		if k.Announcement != nil {
+			r.announce(c, maphash.String(r.seed, k.Announcement.String()), k.Announcement)
+		}
+		if !k.Goodbye {
+			r.expected[k.Name] = true
+		}
+	}
+	r.dirty.Store(false)
+	return nil
+}
+
+// save writes the clients down.
+func (r *Registry) save() {
+	if r.cfg.Store == nil || !r.dirty.Swap(false) {
+		return
+	}
+	known := knownClients{Clients: []knownClient{}}
+	now := time.Now()
+	for _, c := range r.all() {
+		c.mu.Lock()
+		k := knownClient{
+			Name: c.name, Kind: c.kind, Version: c.version, Remote: c.remote, Since: c.since, Goodbye: c.goodbye,
+			Announcement: c.announcement,
+		}
+		if len(c.sessions) > 0 {
+			k.Since = now
+		}
+		c.mu.Unlock()
+		known.Clients = append(known.Clients, k)
+	}
+	b, err := json.Marshal(known)
+	if err == nil {
+		err = r.cfg.Store.Save(b)
+	}
+	if err != nil {
+		r.dirty.Store(true)
+		r.metrics.saveFailures.Inc()
+		r.cfg.Logger.Warn("Known clients not saved, a restart would not know them", "err", err)
+	}
+}
+
+// Run forgets clients that have been away for long, and saves what is known, until ctx ends.
+func (r *Registry) Run(ctx context.Context) error {
+	sweep := time.NewTicker(time.Second)
+	defer sweep.Stop()
+	save := time.NewTicker(saveEvery)
+	defer save.Stop()
+	settle := time.After(r.cfg.Settle)
+	for {
+		select {
+		case <-sweep.C:
+			r.sweep()
+		case <-save.C:
+			r.save()
+		case <-settle:
+			r.settle()
+		case <-ctx.Done():
+			// Whoever is connected now was so until the end.
+			r.dirty.Store(true)
+			r.save()
+			return nil
+		}
+	}
+}
+
+func (r *Registry) settle() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.settled {
+		r.cfg.Logger.Warn("Some clients that were known are not back, they are listed as away", "missing", len(r.expected))
+		r.settled, r.expected = true, nil
+	}
+}
+
+// sweep ends sessions that have had no line for a while, and forgets clients that have been
+// away for long.
+func (r *Registry) sweep() {
+	for _, c := range r.all() {
+		c.mu.Lock()
+		for _, s := range slices.Clone(c.sessions) {
+			if s.lines == 0 && time.Since(s.empty) >= linger {
+				s.end()
+			}
+		}
+		old := len(c.sessions) == 0 && time.Since(c.since) >= r.cfg.ForgetAfter
+		c.mu.Unlock()
+		if old {
+			r.forget(c)
+		}
+	}
+}
+
+func (r *Registry) forget(c *client) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.sessions) > 0 {
+		return
+	}
+	r.claimsMu.Lock()
+	defer r.claimsMu.Unlock()
+	r.unclaim(c)
+	delete(r.clients, c.name)
+	delete(r.expected, c.name)
+	r.dirty.Store(true)
+	r.cfg.Logger.Info("Client forgotten", "client", c.name)
+}
+
+// Stopping makes the registry take no further lines.
+func (r *Registry) Stopping() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stopping = true
+}

@@ -1,0 +1,357 @@
+package ptth
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/promferry/promferry/reverse"
+)
+
+// line is a connection that a client opened. It is parked while no scrape has it: one goroutine
+// is in the read of one byte, and there are no buffers. That byte is the first of an answer,
+// or tells of the end.
+type line struct {
+	hub     *Hub
+	session *reverse.Session
+	conn    net.Conn
+
+	mu     sync.Mutex
+	ready  bool // it has answered once
+	inUse  bool // a scrape has it
+	moving bool // it is to end
+	closed bool
+	owed   time.Time    // when a heartbeat was sent that is not answered; zero: none
+	last   time.Time    // when something was sent
+	answer chan *source // where the scrape that has the line waits for its answer
+}
+
+// park waits for the first byte of an answer, or the end of the line.
+func (l *line) park() {
+	var b [1]byte
+	for {
+		if _, err := l.conn.Read(b[:]); err != nil {
+			l.end()
+			return
+		}
+		l.mu.Lock()
+		owed, answer := !l.owed.IsZero(), l.answer
+		l.mu.Unlock()
+		switch {
+		case owed:
+			src, ok := l.beaten(b[0])
+			if !ok {
+				l.end()
+				return
+			}
+			if src != nil && l.hand(src) {
+				return
+			}
+		case answer != nil:
+			if l.hand(newSource(l.conn, b[0])) {
+				return
+			}
+		default: // It spoke without being asked.
+			l.end()
+			return
+		}
+	}
+}
+
+// hand gives the scrape that has the line its answer. The goroutine that read it has done
+// its work: when the scrape is done there will be another.
+func (l *line) hand(src *source) bool {
+	l.mu.Lock()
+	answer := l.answer
+	l.answer = nil
+	l.mu.Unlock()
+	if answer == nil {
+		src.release()
+		return false
+	}
+	answer <- src
+	return true
+}
+
+// beaten reads the answer to a heartbeat. It returns a source when there is more: the answer to
+// a scrape that was sent after it.
+func (l *line) beaten(first byte) (*source, bool) {
+	src := newSource(l.conn, first)
+	resp, err := http.ReadResponse(&src.Reader, &http.Request{Method: http.MethodOptions}) //nolint:bodyclose // There is none, or the line ends.
+	if err != nil || resp.StatusCode/100 != 2 || resp.ContentLength != 0 {
+		src.release()
+		return nil, false
+	}
+	l.mu.Lock()
+	l.owed = time.Time{}
+	fresh := !l.ready
+	l.ready = true
+	if l.moving || resp.Close {
+		l.mu.Unlock()
+		src.release()
+		return nil, false
+	}
+	l.mu.Unlock()
+	if fresh {
+		l.session.Free(l)
+	}
+	if src.Buffered() > 0 {
+		return src, true
+	}
+	src.release()
+	return nil, true
+}
+
+// beat sends a heartbeat when it is time for one, and ends a line that does not answer.
+func (l *line) beat() {
+	interval := l.hub.cfg.Heartbeat
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.closed:
+	case !l.owed.IsZero():
+		if time.Since(l.owed) >= interval {
+			l.hub.halfOpen.Inc()
+			l.hub.cfg.Logger.Debug("Line does not answer its heartbeat", "client", l.session.Name())
+			_ = l.conn.Close()
+		}
+	case l.ready && !l.inUse && !l.moving && time.Since(l.last) >= interval*3/4:
+		l.owed = time.Now()
+		l.write(heartbeat)
+	}
+}
+
+// write sends something short. What goes wrong with it, park sees.
+func (l *line) write(s string) {
+	l.last = time.Now()
+	_, _ = io.WriteString(l.conn, s)
+}
+
+// move ends the line in a way that the client takes for a wish, not for a fault.
+func (l *line) move() {
+	idle := l.session.Take(l)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.moving = true
+	if idle {
+		l.owed = time.Now()
+		l.write(move)
+	} else if !l.inUse {
+		_ = l.conn.Close()
+	}
+}
+
+// Close ends the line at once.
+func (l *line) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.conn.Close() // Whoever reads from it calls end.
+}
+
+// end takes the line out of use.
+func (l *line) end() {
+	_ = l.conn.Close()
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return
+	}
+	l.closed = true
+	answer := l.answer
+	l.answer = nil
+	l.mu.Unlock()
+	l.hub.mu.Lock()
+	delete(l.hub.lines, l)
+	l.hub.mu.Unlock()
+	l.session.Leave(l)
+	if answer != nil {
+		close(answer)
+	}
+}
+
+// release frees the line after a scrape.
+func (l *line) release() {
+	l.mu.Lock()
+	l.inUse = false
+	moving := l.moving
+	if moving {
+		l.owed = time.Now()
+		l.write(move)
+	}
+	l.mu.Unlock()
+	l.hub.park(l)
+	if !moving {
+		l.session.Free(l)
+	}
+}
+
+// RoundTrip sends a scrape, or CONNECT, over the line.
+func (l *line) RoundTrip(req *http.Request) (*http.Response, error) {
+	answer := make(chan *source, 1)
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil, reverse.ErrNotSent
+	}
+	l.inUse, l.answer, l.last = true, answer, time.Now()
+	l.mu.Unlock()
+
+	ctx := req.Context()
+	stop := context.AfterFunc(ctx, func() { _ = l.conn.Close() })
+	if err := send(l.conn, req); err != nil {
+		stop()
+		_ = l.conn.Close()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, reverse.ErrNotSent // Half a request is none.
+	}
+	src, ok := <-answer
+	if !ok {
+		stop()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, reverse.ErrGone
+	}
+	resp, err := src.response(req)
+	b := &body{line: l, src: src, stop: stop}
+	if err != nil {
+		b.end(false)
+		switch {
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF):
+			return nil, reverse.ErrGone
+		}
+		return nil, err
+	}
+	if req.Method == http.MethodConnect && resp.StatusCode == http.StatusOK {
+		stop()
+		resp.Body = &tunnel{src, l}
+		return resp, nil
+	}
+	b.whole, b.left, b.reuse = resp.Body, resp.ContentLength, !resp.Close
+	if req.Method == http.MethodHead || resp.StatusCode == http.StatusNoContent || resp.StatusCode == http.StatusNotModified {
+		b.left = 0
+	}
+	resp.Body = b
+	return resp, nil
+}
+
+// body is an answer's body. At its end the line is free again.
+type body struct {
+	line  *line
+	src   *source
+	stop  func() bool
+	whole io.Reader // decodes chunks
+	left  int64     // of a body of known length, -1 for another
+	reuse bool
+	err   error // after the end
+}
+
+func (b *body) Read(p []byte) (n int, err error) {
+	switch {
+	case b.err != nil:
+		return 0, b.err
+	case b.left == 0:
+		err = io.EOF
+	case b.left > 0:
+		n, err = b.src.Read(p[:min(int64(len(p)), b.left)])
+		b.left -= int64(n)
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		if err == nil && b.left == 0 {
+			err = io.EOF
+		}
+	default:
+		n, err = b.whole.Read(p)
+	}
+	if err != nil {
+		b.err = err
+		b.end(err == io.EOF) //nolint:errorlint // Wrapped, it is not the end.
+	}
+	return n, err
+}
+
+// WriteTo copies a body of known length, where it can from socket to socket.
+func (b *body) WriteTo(w io.Writer) (n int64, err error) {
+	tcp, isTCP := b.line.conn.(*net.TCPConn)
+	to, canRead := w.(io.ReaderFrom)
+	if b.err != nil || b.left <= 0 || !isTCP || !canRead {
+		return io.Copy(w, struct{ io.Reader }{b})
+	}
+	if buffered := int(min(b.left, int64(b.src.Buffered()))); buffered > 0 {
+		head, _ := b.src.Peek(buffered)
+		if _, err := w.Write(head); err != nil {
+			return 0, err
+		}
+		_, _ = b.src.Discard(buffered)
+		n = int64(buffered)
+		b.left -= n
+	}
+	if b.left > 0 {
+		m, err := to.ReadFrom(&io.LimitedReader{R: tcp, N: b.left})
+		n += m
+		b.left -= m
+		if err == nil && b.left > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+	b.err = io.EOF
+	b.end(true)
+	return n, nil
+}
+
+// Close gives up what was not read, and with it the line.
+func (b *body) Close() error {
+	if b.err == nil && b.left == 0 {
+		_, _ = b.Read(nil)
+	}
+	if b.err == nil {
+		b.err = http.ErrBodyReadAfterClose
+		b.end(false)
+	}
+	return nil
+}
+
+// end gives the line back, or ends it when the answer has not come to its end.
+func (b *body) end(whole bool) {
+	reuse := b.stop() && whole && b.reuse && b.src.Buffered() == 0
+	b.src.release()
+	b.src = nil
+	if reuse {
+		b.line.release()
+	} else {
+		b.line.end()
+	}
+}
+
+// tunnel is a line that has become a raw connection.
+type tunnel struct {
+	*source
+	line *line
+}
+
+func (t *tunnel) Write(b []byte) (int, error) { return t.line.conn.Write(b) }
+
+// CloseWrite tells the client that nothing more comes.
+func (t *tunnel) CloseWrite() error {
+	if half, ok := t.line.conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+func (t *tunnel) Close() error {
+	t.line.end()
+	return nil
+}

@@ -1,0 +1,112 @@
+package ptth
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+)
+
+// maxHeader is how large the header of an answer may be, in bytes.
+const maxHeader = 64 << 10
+
+var errHeaderTooLarge = errors.New("the header of the answer is too large")
+
+// source reads answers from a line. Sources are many, lines are more: they are shared.
+type source struct {
+	bufio.Reader
+	conn  net.Conn
+	first [1]byte
+	n     int // of first that are not read yet
+	limit int // of what may still be read, while above zero
+	big   error
+}
+
+var sources = sync.Pool{New: func() any {
+	s := &source{}
+	s.Reader = *bufio.NewReaderSize(nil, 16<<10)
+	return s
+}}
+
+// newSource returns a source of what follows first, which was read from conn already.
+func newSource(conn net.Conn, first byte) *source {
+	s := sources.Get().(*source)
+	s.conn, s.first[0], s.n, s.limit, s.big = conn, first, 1, maxHeader, nil
+	s.Reset(unbuffered{s})
+	return s
+}
+
+// release gives the source back. It must not be used any more.
+func (s *source) release() {
+	s.conn = nil
+	s.Reset(nil)
+	sources.Put(s)
+}
+
+// unbuffered is what a source's buffer is filled from.
+type unbuffered struct{ s *source }
+
+func (u unbuffered) Read(b []byte) (int, error) {
+	s := u.s
+	if s.n > 0 && len(b) > 0 {
+		s.n = 0
+		b[0] = s.first[0]
+		return 1, nil
+	}
+	if s.limit == 0 {
+		return s.conn.Read(b)
+	}
+	if s.limit < 0 {
+		s.big = errHeaderTooLarge
+		return 0, errHeaderTooLarge
+	}
+	n, err := s.conn.Read(b)
+	if s.limit -= n; s.limit == 0 {
+		s.limit = -1
+	}
+	return n, err
+}
+
+// response reads the header of an answer. Those with status 1xx are skipped.
+func (s *source) response(req *http.Request) (*http.Response, error) {
+	for {
+		resp, err := http.ReadResponse(&s.Reader, req)
+		switch {
+		case s.big != nil:
+			return nil, s.big
+		case err != nil:
+			return nil, err
+		case resp.StatusCode == http.StatusSwitchingProtocols:
+			return nil, errors.New("the answer switches protocols")
+		case resp.StatusCode >= http.StatusOK:
+			s.limit = 0
+			return resp, nil
+		}
+	}
+}
+
+var buffers = sync.Pool{New: func() any { return &bytes.Buffer{} }}
+
+// send writes a request that has no body, in one write.
+func send(w io.Writer, req *http.Request) error {
+	buf := buffers.Get().(*bytes.Buffer)
+	defer buffers.Put(buf)
+	buf.Reset()
+	buf.WriteString(req.Method)
+	buf.WriteByte(' ')
+	// What Prometheus wrote, byte for byte: it holds no space and no control character, or
+	// it would not have been parsed.
+	buf.WriteString(req.RequestURI)
+	buf.WriteString(" HTTP/1.1\r\nHost: ")
+	buf.WriteString(req.Host)
+	buf.WriteString("\r\n")
+	if err := req.Header.Write(buf); err != nil {
+		return err
+	}
+	buf.WriteString("\r\n")
+	_, err := w.Write(buf.Bytes())
+	return err
+}
