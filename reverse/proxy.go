@@ -8,9 +8,11 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,9 +27,9 @@ const schemeParam = "_scheme"
 type ProxyConfig struct {
 	// Registry knows the lines.
 	Registry *Registry
-	// Authorize tells whether a request may scrape; nil means that all may. An error is a
-	// *Refusal.
-	Authorize func(r *http.Request) error
+	// Authorize tells whether a request may scrape, and returns a *Refusal when not; nil means
+	// that all may.
+	Authorize func(r *http.Request) (Grant, error)
 	// MaxTimeout clamps what a scrape says it may take; DefaultTimeout is for one that says
 	// nothing.
 	MaxTimeout, DefaultTimeout time.Duration
@@ -50,11 +52,14 @@ type Proxy struct {
 	metrics  *proxyMetrics
 	scrapes  atomic.Int64
 	stopping atomic.Bool
+
+	mu      sync.Mutex
+	tunnels map[net.Conn]Grant
 }
 
 // NewProxy returns a proxy.
 func NewProxy(cfg ProxyConfig) *Proxy {
-	p := &Proxy{cfg: cfg}
+	p := &Proxy{cfg: cfg, tunnels: make(map[net.Conn]Grant)}
 	p.metrics = newProxyMetrics(cfg.Registerer, &p.scrapes)
 	return p
 }
@@ -67,6 +72,18 @@ func (p *Proxy) Stopping() { p.stopping.Store(true) }
 
 // InFlight is how many scrapes there are.
 func (p *Proxy) InFlight() int { return int(p.scrapes.Load()) }
+
+// Revoke closes the tunnels of scrapers that are not valid any more.
+func (p *Proxy) Revoke(valid func(Grant) bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for conn, g := range p.tunnels {
+		if g != nil && !valid(g) {
+			p.cfg.Logger.Warn("Tunnel of a scraper revoked", "identity", g.Identity(), "remote", conn.RemoteAddr().String())
+			_ = conn.Close()
+		}
+	}
+}
 
 // failure is what came of a scrape that was not a success.
 type failure struct {
@@ -118,8 +135,10 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // serve answers a scrape, as far as it can.
 func (p *Proxy) serve(w http.ResponseWriter, r *http.Request, began time.Time, inFlight int64) *failure {
+	var grant Grant
 	if p.cfg.Authorize != nil {
-		if err := p.cfg.Authorize(r); err != nil {
+		var err error
+		if grant, err = p.cfg.Authorize(r); err != nil {
 			f := &failure{status: http.StatusProxyAuthRequired, result: "unauthorized", text: err.Error()}
 			if refusal, ok := errors.AsType[*Refusal](err); ok {
 				f.status = refusal.Status
@@ -147,7 +166,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request, began time.Time, i
 		if err != nil {
 			return p.explain(ctx, r, err)
 		}
-		if f, err = p.scrape(ctx, w, r, lease, began); !errors.Is(err, ErrNotSent) {
+		if f, err = p.scrape(ctx, w, r, lease, began, grant); !errors.Is(err, ErrNotSent) {
 			return f
 		}
 		// On another line: the client cannot have done it.
@@ -223,7 +242,7 @@ func (p *Proxy) explain(ctx context.Context, r *http.Request, err error) *failur
 }
 
 // scrape sends a request over a line and copies the answer. The error is ErrNotSent or nil.
-func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Request, lease Lease, began time.Time) (f *failure, err error) {
+func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Request, lease Lease, began time.Time, grant Grant) (f *failure, err error) {
 	status := 0
 	defer func() {
 		result := ScrapeStatus{At: time.Now(), Duration: time.Since(began), Status: status, Result: "success"}
@@ -242,7 +261,7 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	defer func() { _ = resp.Body.Close() }()
 	status = resp.StatusCode
 	if r.Method == http.MethodConnect && status == http.StatusOK {
-		return p.tunnel(w, resp), nil
+		return p.tunnel(w, resp, grant), nil
 	}
 	if resp.ContentLength > p.cfg.MaxBytes {
 		return &failure{status: http.StatusRequestEntityTooLarge, result: "too_large", text: fmt.Sprintf("the answer is larger than %d bytes", p.cfg.MaxBytes)}, nil
@@ -354,7 +373,7 @@ var allowed = map[string]bool{
 }
 
 // tunnel passes bytes both ways until either end stops, or none has come for a while.
-func (p *Proxy) tunnel(w http.ResponseWriter, resp *http.Response) *failure {
+func (p *Proxy) tunnel(w http.ResponseWriter, resp *http.Response, grant Grant) *failure {
 	line, ok := resp.Body.(io.ReadWriteCloser)
 	if !ok {
 		return &failure{status: http.StatusBadGateway, result: "bad_answer", text: "the line makes no tunnel"}
@@ -367,6 +386,14 @@ func (p *Proxy) tunnel(w http.ResponseWriter, resp *http.Response) *failure {
 		_ = conn.Close()
 		return &failure{result: "canceled", whole: true}
 	}
+	p.mu.Lock()
+	p.tunnels[conn] = grant
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.tunnels, conn)
+		p.mu.Unlock()
+	}()
 	Tunnel(conn, Rest(buffered.Reader, conn), line, line, p.cfg.TunnelIdle)
 	return nil
 }

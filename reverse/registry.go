@@ -362,7 +362,7 @@ func Refuse(w http.ResponseWriter, err error) {
 	if refusal.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(refusal.RetryAfter.Seconds()))))
 	}
-	if refusal.Status == http.StatusUnauthorized {
+	if refusal.Status == http.StatusUnauthorized && w.Header().Get("WWW-Authenticate") == "" {
 		w.Header().Set("WWW-Authenticate", `Bearer realm="promferry"`)
 	}
 	http.Error(w, refusal.Text, refusal.Status)

@@ -200,3 +200,10 @@ func (s *Session) Lines() int {
 	defer s.client.mu.Unlock()
 	return s.lines
 }
+
+// Leaving tells whether the client has said goodbye.
+func (s *Session) Leaving() bool {
+	s.client.mu.Lock()
+	defer s.client.mu.Unlock()
+	return s.goodbye
+}

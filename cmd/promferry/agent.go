@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -29,6 +30,7 @@ import (
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
+	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/target"
 )
 
@@ -87,22 +89,28 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	registry := newRegistry()
 	notifier := newNotifier(logger)
 	var forward *forwarder.Forwarder
+	var reversePull *pull
 	cfg := a.config(scrapeClient, pushClient, logger, registry)
 	if !a.once && !a.dryRun {
 		cfg.Heartbeat = notifier.interval()
-		cfg.OnHeartbeat = func() { notifier.alive(forward.Status()) }
+		cfg.OnHeartbeat = func() { notifier.alive(strings.TrimSuffix(reversePull.sentence()+a.forwarding(forward), "; ")) }
 	}
 	forward, err = forwarder.New(cfg)
 	if err != nil {
 		return err
 	}
+	clients := []*httpclient.Client{scrapeClient, pushClient}
 	if a.dryRun {
 		return forward.DryRun(ctx, in.stdout)
 	}
-	reversePull, err := newPull(s, scrapeClient, logger, registry)
-	if err != nil {
+	if reversePull, err = newPull(s, scrapeClient, logger, registry); err != nil {
 		return err
 	}
+	if reversePull != nil {
+		clients = append(clients, reversePull.clients...)
+	}
+	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value}, clients: clients})
+	warnExposed(logger, clients...)
 	lock, err := a.lock()
 	if err != nil {
 		return err
@@ -141,8 +149,18 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return nil
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
-	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, logger)
+	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, func() page.AgentStatus {
+		return reversePull.status(s.Instance.value, a.forwarding(forward))
+	}, logger)
 	return a.serve(ctx, forward, deliver, reversePull, web, r, notifier, logger)
+}
+
+// forwarding says how forwarding is; "" when there is nothing to forward.
+func (a *agentCommand) forwarding(f *forwarder.Forwarder) string {
+	if len(a.settings.PushTargets.value) == 0 {
+		return ""
+	}
+	return f.Status()
 }
 
 // deliverer returns what delivers what batch jobs on this host could not push.

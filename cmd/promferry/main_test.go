@@ -8,8 +8,10 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -84,7 +86,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"waitfor": waitFor, "signal": sendSignal, "post": post, "get": get, "lacks": lacks, "gone": gone,
+			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "signal": sendSignal, "post": post, "get": get, "lacks": lacks, "gone": gone,
 		},
 	})
 }
@@ -129,10 +131,47 @@ func get(ts *testscript.TestScript, neg bool, args []string) {
 	request(ts, neg, http.MethodGet, args)
 }
 
-func request(ts *testscript.TestScript, neg bool, method string, args []string) {
-	waitFor(ts, false, []string{args[0], "Listening on"})
-	_, rest, _ := strings.Cut(ts.ReadFile(args[0]), "Listening on\" address=")
+// listening returns the first address in a log.
+func listening(ts *testscript.TestScript, log string) string {
+	waitFor(ts, false, []string{log, "Listening on"})
+	_, rest, _ := strings.Cut(ts.ReadFile(log), "Listening on\" address=")
 	address, _, _ := strings.Cut(rest, "\n")
+	return address
+}
+
+// scrape gets a URL through the proxy whose address a log has, and prints status,
+// Promferry-Error and body: scrape LOG URL [USER:PASSWORD].
+func scrape(ts *testscript.TestScript, neg bool, args []string) {
+	proxy := &url.URL{Scheme: "http", Host: listening(ts, args[0])}
+	if len(args) > 2 {
+		user, password, _ := strings.Cut(args[2], ":")
+		proxy.User = url.UserPassword(user, password)
+	}
+	client := &http.Client{Timeout: patience, Transport: &http.Transport{Proxy: http.ProxyURL(proxy), DisableKeepAlives: true}}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, args[1], nil)
+	ts.Check(err)
+	resp, err := client.Do(req)
+	ts.Check(err)
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	ts.Check(err)
+	_, _ = fmt.Fprintf(ts.Stdout(), "%d %s %s", resp.StatusCode, resp.Header.Get("Promferry-Error"), b)
+	if neg == (resp.StatusCode < 400) {
+		ts.Fatalf("status %d: %s", resp.StatusCode, b)
+	}
+}
+
+// scrapeFile is scrape of the URL that a file has.
+func scrapeFile(ts *testscript.TestScript, neg bool, args []string) {
+	args = slices.Clone(args)
+	args[1] = strings.TrimSpace(ts.ReadFile(args[1]))
+	scrape(ts, neg, args)
+}
+
+func request(ts *testscript.TestScript, neg bool, method string, args []string) {
+	address := listening(ts, args[0])
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, "http://"+address+args[1], nil)

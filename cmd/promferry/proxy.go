@@ -17,10 +17,13 @@ import (
 	"github.com/prometheus/common/version"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/access"
 	"github.com/promferry/promferry/reverse/longpoll"
+	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/reverse/ptth"
 )
 
@@ -72,11 +75,19 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 			errs = append(errs, file.fault(err))
 		}
 	}
-	if err := faults(errs); err != nil {
-		return err
+	if err := refuseBasicAuth(s.WebConfigFile.value); err != nil {
+		errs = append(errs, s.WebConfigFile.fault(err))
 	}
 	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
 	registry := newRegistry()
+	guard, err := access.New(s.AuthFile.value, logger, registry)
+	if err != nil {
+		errs = append(errs, s.AuthFile.fault(err))
+	}
+	if err := faults(errs); err != nil {
+		return err
+	}
+	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value, s.ClientConfigFile.value}})
 	dir, err := statedir.Open(s.StateDir.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
@@ -91,6 +102,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	defer func() { _ = lock.Release() }()
 
 	clients, err := reverse.NewRegistry(reverse.RegistryConfig{
+		Authorize:  clientGuard(guard, logger),
 		MaxClients: s.LimitClients.value, MaxLines: s.LimitClientLines.value, MaxScrapes: s.LimitClientScrapes.value,
 		ForgetAfter: time.Duration(s.SDForgetAfter.value), Settle: time.Duration(s.SDSettle.value),
 		Store: knownClients{dir}, Logger: logger, Registerer: registry,
@@ -104,19 +116,46 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		Logger: logger, Registerer: registry,
 	})
 	proxy := reverse.NewProxy(reverse.ProxyConfig{
-		Registry:   clients,
+		Registry: clients, Authorize: scraperGuard(guard, logger),
 		MaxTimeout: time.Duration(s.ScrapeMaxTimeout.value), DefaultTimeout: time.Duration(s.ScrapeDefaultTimeout.value),
 		TunnelIdle: time.Duration(s.TunnelIdleTimeout.value), MaxScrapes: s.LimitScrapes.value, MaxBytes: int64(s.ScrapeMaxBytes.value),
 		Logger: logger, Registerer: registry,
 	})
 	notifier := newNotifier(logger)
 	r := newReloader("proxy", registry, logger, func() error {
-		return errors.Join(validateWebConfig(s.WebConfigFile.value), validateWebConfig(s.ClientConfigFile.value))
+		return errors.Join(validateWebConfig(s.WebConfigFile.value), refuseBasicAuth(s.WebConfigFile.value),
+			validateWebConfig(s.ClientConfigFile.value), guard.Reload())
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 
-	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, logger: logger, notifier: notifier, reloader: r}
+	d := &proxyDaemon{settings: s, clients: clients, hub: hub, polls: polls, proxy: proxy, guard: guard, logger: logger, notifier: notifier, reloader: r}
+	guard.OnChange(d.revoke)
 	return d.run(ctx, registry)
+}
+
+// revoke ends what nobody would be let in for any more.
+func (d *proxyDaemon) revoke() {
+	valid := func(g reverse.Grant, name string) bool {
+		grant, ok := g.(access.Grant)
+		return ok && d.guard.Valid(grant, name)
+	}
+	d.hub.Revoke(valid)
+	d.polls.Revoke(valid)
+	d.proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
+}
+
+// recheck ends the lines of certificates that have expired, until ctx ends.
+func (d *proxyDaemon) recheck(ctx context.Context) error {
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			d.revoke()
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // proxyDaemon is the proxy while it runs.
@@ -125,6 +164,7 @@ type proxyDaemon struct {
 	clients  *reverse.Registry
 	hub      *ptth.Hub
 	polls    *longpoll.Hub
+	guard    *access.Guard
 	proxy    *reverse.Proxy
 	logger   *slog.Logger
 	notifier *notifier
@@ -144,12 +184,26 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	own := http.NewServeMux()
 	own.Handle("/-/", admin)
 	own.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
+	own.Handle("GET /{$}", page.Proxy(func() reverse.ProxyStatus {
+		status := d.clients.Status()
+		status.Version = version.Version
+		return status
+	}))
 	own.HandleFunc("GET /sd", d.clients.Discovery)
 	own.Handle("GET /clients", d.clients.ListClients(time.Duration(s.RegistrationTimeout.value)))
 	if s.ClientListenAddress.value == "" {
 		lines(own)
 	}
-	protected := http.NewCrossOriginProtection().Handler(own)
+	listed := listerGuard(d.guard, d.logger, own)
+	protected := http.NewCrossOriginProtection().Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Lines ask for credentials of their own, and probes have none.
+		switch r.URL.Path {
+		case "/ptth", "/poll", "/push", "/-/healthy", "/-/ready":
+			own.ServeHTTP(w, r)
+		default:
+			listed.ServeHTTP(w, r)
+		}
+	}))
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if reverse.IsScrape(r) {
 			d.proxy.ServeHTTP(w, r)
@@ -168,7 +222,8 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	}
 	var servers []*server
 	for i, f := range faces {
-		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.address.value)
+		// Polls of PushProx's clients have no heartbeat but TCP's.
+		listener, err := httpclient.ListenConfig(2*time.Duration(s.Heartbeat.value)).Listen(ctx, "tcp", f.address.value)
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.address.name(), err)
 		}
@@ -177,6 +232,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		servers = append(servers, server)
 	}
 
+	warnOpen(d.guard, servers, d.logger)
 	d.logger.Info("Starting promferry proxy", "version", version.Version, "state_dir", s.StateDir.value)
 	// All goes on until what is in flight is done.
 	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -192,6 +248,8 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		}
 		return nil
 	})
+	group.Go(func() error { return d.guard.Run(serveCtx) })
+	group.Go(func() error { return d.recheck(serveCtx) })
 	group.Go(func() error { return d.polls.Run(serveCtx) })
 	group.Go(func() error { return d.hub.Run(serveCtx) })
 	group.Go(func() error { return d.clients.Run(serveCtx) })

@@ -17,14 +17,20 @@ import (
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/reverse"
 	"github.com/promferry/promferry/reverse/link"
+	"github.com/promferry/promferry/reverse/page"
 )
 
 // tunnelIdle is how long a CONNECT passes no byte before the agent closes it: longer than
 // Prometheus keeps a connection that is idle, and than the proxy does by default.
 const tunnelIdle = 6 * time.Minute
 
+// deadProxy is after how long a connection to a proxy that is not heard of breaks, where
+// no heartbeat tells sooner: a poll at PushProx's.
+const deadProxy = 30 * time.Second
+
 // pull lets proxies scrape targets here.
 type pull struct {
+	name   string
 	client *reverse.Client
 	links  []*link.Link
 	// clients are what reads files that settings name.
@@ -36,7 +42,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	if len(s.ProxyUrls.value) == 0 {
 		return nil, nil
 	}
-	toProxy, err := httpclient.New("proxy", s.ProxyHTTPConfig.value)
+	toProxy, err := httpclient.NewWithDial("proxy", s.ProxyHTTPConfig.value, httpclient.DialContext(deadProxy))
 	if err != nil {
 		return nil, usageError{s.ProxyHTTPConfig.fault(err)}
 	}
@@ -52,7 +58,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	for _, l := range s.PushLabels.value {
 		labels[l.name] = l.value
 	}
-	p := &pull{clients: []*httpclient.Client{toProxy, own}}
+	p := &pull{name: s.Fqdn.value, clients: []*httpclient.Client{toProxy, own}}
 	p.client = reverse.NewClient(reverse.ClientConfig{
 		Name: s.Fqdn.value, Targets: targets, Allow: s.PullAllows.value,
 		HTTP: scrape, OwnHTTP: own, Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
@@ -75,6 +81,34 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 		}))
 	}
 	return p, nil
+}
+
+// status returns what the agent's page shows.
+func (p *pull) status(instance, forwarding string) page.AgentStatus {
+	status := page.AgentStatus{Name: instance, Forwarding: forwarding, Version: version.Version, Now: time.Now()}
+	if p == nil {
+		return status
+	}
+	status.Name = p.name
+	status.Targets = p.client.Status()
+	for _, l := range p.links {
+		status.Lines = append(status.Lines, l.Status())
+	}
+	return status
+}
+
+// sentence says how it is to the proxies, for systemd; "" without any.
+func (p *pull) sentence() string {
+	if p == nil {
+		return ""
+	}
+	connected := 0
+	for _, l := range p.links {
+		if l.Status().Lines > 0 {
+			connected++
+		}
+	}
+	return fmt.Sprintf("Connected to %d of %d proxies; ", connected, len(p.links))
 }
 
 // Run keeps the lines open until ctx ends.

@@ -12,8 +12,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-	"github.com/prometheus/common/version"
 	toolkit "github.com/prometheus/exporter-toolkit/web"
+
+	"github.com/promferry/promferry/reverse/page"
 )
 
 // admin answers what a daemon is asked about itself: /-/healthy, /-/ready and /-/reload.
@@ -53,25 +54,11 @@ type web struct {
 	*admin
 }
 
-func newWeb(listener net.Listener, config string, registry *prometheus.Registry, reload func() error, logger *slog.Logger) *web {
+func newWeb(listener net.Listener, config string, registry *prometheus.Registry, reload func() error, status func() page.AgentStatus, logger *slog.Logger) *web {
 	w := &web{admin: newAdmin("agent", reload)}
 	mux := w.ServeMux
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
-	landing, err := toolkit.NewLandingPage(toolkit.LandingConfig{
-		Name:        "promferry agent",
-		Description: "Puts what targets on this host expose to Pushgateways",
-		Version:     version.Version,
-		Profiling:   "false",
-		Links: []toolkit.LandingLinks{
-			{Address: "/metrics", Text: "Metrics"},
-			{Address: "/-/healthy", Text: "Health"},
-			{Address: "/-/ready", Text: "Readiness"},
-		},
-	})
-	if err != nil {
-		panic(err) // The template of a library with our constants in it.
-	}
-	mux.Handle("GET /{$}", landing)
+	mux.Handle("GET /{$}", page.Agent(status))
 	// A page of another site that somebody on this host looks at must not reload.
 	w.server = newServer(listener, config, http.NewCrossOriginProtection().Handler(mux), logger)
 	w.http.ReadTimeout, w.http.WriteTimeout = 30*time.Second, time.Minute

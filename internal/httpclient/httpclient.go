@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"slices"
 	"sync/atomic"
 
 	"github.com/prometheus/common/config"
@@ -26,7 +27,21 @@ type Client struct {
 	name, file string
 	dial       Dial
 	current    atomic.Pointer[http.Client]
+	uses       atomic.Pointer[Uses]
 }
+
+// Uses is what an http_config file makes use of.
+type Uses struct {
+	// Certificate is the file of the client certificate, "" without one.
+	Certificate string
+	// Secrets are the files that hold secrets.
+	Secrets []string
+	// Insecure tells that servers' certificates are not checked.
+	Insecure bool
+}
+
+// Uses returns the name of the http_config file, "" without one, and what it makes use of.
+func (c *Client) Uses() (file string, u Uses) { return c.file, *c.uses.Load() }
 
 // Dial connects, as net.Dialer's DialContext does.
 type Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -54,7 +69,7 @@ func (c *Client) Load() (use func(), err error) {
 		if cfg, _, err = config.LoadHTTPConfigFile(c.file); err != nil {
 			return nil, fmt.Errorf("read %s: %w", c.file, withoutValues(err))
 		}
-		if err := readable(cfg); err != nil {
+		if err := readable(secretFiles(cfg)); err != nil {
 			return nil, fmt.Errorf("use %s: %w", c.file, err)
 		}
 	}
@@ -70,15 +85,20 @@ func (c *Client) Load() (use func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("use %s: %w", c.file, withoutValues(err))
 	}
+	uses := &Uses{Certificate: cfg.TLSConfig.CertFile, Secrets: secretFiles(cfg), Insecure: cfg.TLSConfig.InsecureSkipVerify}
+	if cfg.TLSConfig.KeyFile != "" {
+		uses.Secrets = append(uses.Secrets, cfg.TLSConfig.KeyFile)
+	}
 	return func() {
+		c.uses.Store(uses)
 		if old := c.current.Swap(client); old != nil {
 			old.CloseIdleConnections()
 		}
 	}, nil
 }
 
-// readable checks the files with secrets, which are otherwise read with each request only.
-func readable(cfg *config.HTTPClientConfig) error {
+// secretFiles returns the files with secrets that are read with each request.
+func secretFiles(cfg *config.HTTPClientConfig) []string {
 	var files []string
 	if cfg.BasicAuth != nil {
 		files = append(files, cfg.BasicAuth.UsernameFile, cfg.BasicAuth.PasswordFile)
@@ -89,10 +109,12 @@ func readable(cfg *config.HTTPClientConfig) error {
 	if cfg.OAuth2 != nil {
 		files = append(files, cfg.OAuth2.ClientSecretFile)
 	}
+	return slices.DeleteFunc(files, func(file string) bool { return file == "" })
+}
+
+// readable checks files that are otherwise read with each request only.
+func readable(files []string) error {
 	for _, file := range files {
-		if file == "" {
-			continue
-		}
 		if _, err := os.ReadFile(file); err != nil {
 			return err
 		}

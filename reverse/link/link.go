@@ -39,6 +39,9 @@ const (
 	goodbyeTimeout = 2 * time.Second
 	// maxSilent is how often in a row an upgrade may have been of no use before PTTH is given up.
 	maxSilent = 2
+	// takenAfter is how long all lines are in use before another one is opened: most scrapes
+	// are over by then, and who waits for a line at the proxy still does.
+	takenAfter = 100 * time.Millisecond
 	// retryPTTH is how often it is tried again where it could not be had.
 	retryPTTH = 10 * time.Minute
 	// heldAfter is how long a poll is open before it counts as a line: a proxy that does not
@@ -120,13 +123,14 @@ func (l *Link) run(ctx context.Context) error {
 			break
 		}
 		l.cfg.Logger.Info("No PTTH to this proxy, polling it", "proxy", l.name, "err", err)
-		l.longPoll(ctx)
+		l.longPoll(ctx, errors.Is(err, ptth.ErrNoUpgrade) || errors.Is(err, ptth.ErrSilent))
 	}
 	return nil
 }
 
-// longPoll polls the proxy until ctx ends, or it turns out that PTTH can be had again.
-func (l *Link) longPoll(ctx context.Context) {
+// longPoll polls the proxy until ctx ends, or it turns out that PTTH can be had again. It may be
+// known already that the proxy is promferry's.
+func (l *Link) longPoll(ctx context.Context, known bool) {
 	l.mu.Lock()
 	l.kind, l.slots, l.lines, l.busy = reverse.KindPushProx, 0, 0, 0
 	l.mu.Unlock()
@@ -150,10 +154,11 @@ func (l *Link) longPoll(ctx context.Context) {
 	var polling sync.WaitGroup
 	// Several polls at a time only where the proxy has said that it is ours.
 	ours := make(chan struct{})
-	var once sync.Once
-	poll := func() {
-		l.poll(ctx, scrapes, p, func() { once.Do(func() { close(ours) }) })
+	isOurs := sync.OnceFunc(func() { close(ours) })
+	if known {
+		isOurs()
 	}
+	poll := func() { l.poll(ctx, scrapes, p, isOurs) }
 	polling.Go(poll)
 	polling.Go(func() {
 		select {
@@ -389,8 +394,19 @@ func (l *Link) use(begins bool) {
 		l.busy--
 		return
 	}
-	l.busy++
-	if l.busy >= l.slots && l.slots < maxLines {
+	if l.busy++; l.allTaken() {
+		time.AfterFunc(takenAfter, l.grow)
+	}
+}
+
+// allTaken tells whether another line would be of use.
+func (l *Link) allTaken() bool { return l.busy >= l.slots && l.slots < maxLines }
+
+// grow asks for another line, if all are still taken.
+func (l *Link) grow() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.allTaken() {
 		select {
 		case l.more <- struct{}{}:
 		default:

@@ -168,12 +168,11 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 		src.Reset(nil)
 		readers.Put(src)
 	}()
-	resp, err := http.ReadResponse(src, nil)
+	resp, err := http.ReadResponse(src, nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
 	if err != nil {
 		http.Error(w, "want an HTTP response as the body", http.StatusBadRequest)
 		return
 	}
-	defer func() { _ = resp.Body.Close() }()
 	limited.left = -1
 	s, refusal := h.take(r, resp.Header.Get(headerID))
 	if refusal != nil {
@@ -183,7 +182,6 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	if deadline, ok := s.ctx.Deadline(); ok {
 		_ = control.SetReadDeadline(deadline)
 	}
-	resp.ProtoMajor, resp.ProtoMinor = 1, 1 // Whatever it says.
 	if s.method == http.MethodHead {
 		resp.Body = http.NoBody
 	}
@@ -486,9 +484,10 @@ type scrape struct {
 	once    sync.Once
 }
 
-// lost ends the scrapes of a session that has no poll any more: the client is gone.
+// lost ends the scrapes of a session that has no poll any more: the client is gone. One that
+// has said goodbye still responds.
 func (h *Hub) lost(s *reverse.Session) {
-	if s.Lines() > 0 {
+	if s.Lines() > 0 || s.Leaving() {
 		return
 	}
 	h.mu.Lock()
@@ -534,8 +533,9 @@ func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	select {
 	case resp := <-s.answer:
-		resp.Body = &answered{resp.Body, s}
-		return resp, nil
+		passed := *resp // The other one is the handler's that got it.
+		passed.Body = &answered{ReadCloser: resp.Body, s: s}
+		return &passed, nil
 	case <-s.lost:
 		err = reverse.ErrGone
 	case <-req.Context().Done():
@@ -549,12 +549,13 @@ func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 // answered is a response's body, after which nobody waits.
 type answered struct {
 	io.ReadCloser
-	s *scrape
+	s    *scrape
+	once sync.Once
 }
 
 func (a *answered) Close() error {
 	err := a.ReadCloser.Close()
-	close(a.s.done)
+	a.once.Do(func() { close(a.s.done) })
 	return err
 }
 

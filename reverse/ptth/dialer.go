@@ -26,6 +26,10 @@ const maxHeartbeat = 10 * time.Minute
 // ErrNoPTTH means that the proxy, or what lies between, does not let a line be made.
 var ErrNoPTTH = errors.New("no PTTH there")
 
+// ErrNoUpgrade is ErrNoPTTH where it is what lies between that does not let it through: the
+// proxy is promferry's.
+var ErrNoUpgrade = fmt.Errorf("%w: the upgrade does not get through", ErrNoPTTH)
+
 // Doer sends HTTP requests.
 type Doer interface {
 	Do(req *http.Request) (*http.Response, error)
@@ -136,6 +140,8 @@ func Refused(resp *http.Response) error {
 	}
 	ours := resp.Header.Get(reverse.HeaderProxy) != ""
 	switch {
+	case resp.StatusCode == http.StatusUpgradeRequired && ours:
+		return fmt.Errorf("%w: %w", ErrNoUpgrade, refusal)
 	case resp.StatusCode == http.StatusUpgradeRequired,
 		!ours && (resp.StatusCode < 500 &&
 			resp.StatusCode != http.StatusUnauthorized && resp.StatusCode != http.StatusForbidden &&

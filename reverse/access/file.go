@@ -1,0 +1,298 @@
+package access
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"go.yaml.in/yaml/v2"
+)
+
+// file is what stands in the file.
+type file struct {
+	Clients  fileSection `yaml:"clients"`
+	Scrapers fileSection `yaml:"scrapers"`
+	Listers  fileSection `yaml:"listers"`
+}
+
+// fileSection is a list of entries, or the word anyone.
+type fileSection struct {
+	word    string
+	entries []fileEntry
+}
+
+const anyone = "anyone"
+
+// UnmarshalYAML takes both forms.
+func (s *fileSection) UnmarshalYAML(unmarshal func(any) error) error {
+	if err := unmarshal(&s.word); err == nil {
+		return nil
+	}
+	return unmarshal(&s.entries)
+}
+
+// fileEntry is one entry. Its faults of form do not end the reading of it, so that it
+// keeps its place in the list.
+type fileEntry struct {
+	fileFields
+	faults []string
+	there  bool
+}
+
+type fileFields struct {
+	Identity string     `yaml:"identity"`
+	Names    []fileText `yaml:"names"`
+	SAN      []fileText `yaml:"san"`
+	Username string     `yaml:"username"`
+	Tokens   []fileText `yaml:"token_sha256"`
+}
+
+// UnmarshalYAML reads an entry.
+func (e *fileEntry) UnmarshalYAML(unmarshal func(any) error) error {
+	e.there = true
+	err := unmarshal(&e.fileFields)
+	if te, ok := errors.AsType[*yaml.TypeError](err); ok {
+		e.faults = te.Errors
+		return nil
+	}
+	return err
+}
+
+// fileText is one of a list of texts; "" when it is something else.
+type fileText string
+
+// UnmarshalYAML reads a text.
+func (t *fileText) UnmarshalYAML(unmarshal func(any) error) error {
+	var s string
+	if unmarshal(&s) == nil {
+		*t = fileText(s)
+	}
+	return nil
+}
+
+// parseFile reads a file. Its error tells all faults, one on a line, and shows nothing of
+// what stands there but identities.
+func parseFile(content []byte) (*rules, error) {
+	c := &checker{}
+	f := file{}
+	d := yaml.NewDecoder(bytes.NewReader(content))
+	d.SetStrict(true)
+	switch err := d.Decode(&f); {
+	case errors.Is(err, io.EOF): // Empty, which is said below.
+	case err != nil:
+		te, ok := errors.AsType[*yaml.TypeError](err)
+		if !ok {
+			return nil, syntax(err)
+		}
+		for _, s := range te.Errors {
+			c.fault("", form(s))
+		}
+	default:
+		if err := d.Decode(&struct{}{}); !errors.Is(err, io.EOF) {
+			c.fault("", "want one YAML document, there is more")
+		}
+	}
+	r := &rules{}
+	r.clients = c.section("clients", f.Clients, nil)
+	r.scrapers = c.section("scrapers", f.Scrapers, &r.clients)
+	r.listers = c.section("listers", f.Listers, &r.clients)
+	if len(c.faults) == 0 && r.clients.closed() && r.scrapers.closed() && r.listers.closed() {
+		c.fault("", "lets nobody do anything: want clients, scrapers or listers")
+	}
+	if err := errors.Join(c.faults...); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// place names an element of a list, for faults.
+func place(list string, i int) string { return list + "[" + strconv.Itoa(i) + "]" }
+
+// checker turns what stands in the file into rules, and gathers its faults.
+type checker struct {
+	faults []error
+}
+
+func (c *checker) fault(where, what string) {
+	if where != "" {
+		what = where + ": " + what
+	}
+	c.faults = append(c.faults, errors.New(what))
+}
+
+// section checks one section. Clients is that of the clients, and nil when it is the one.
+func (c *checker) section(name string, f fileSection, clients *section) section {
+	switch {
+	case f.word == anyone:
+		return section{open: true}
+	case f.word != "":
+		c.fault(name, "want a list of entries, or the word "+anyone)
+	}
+	s := section{}
+	identities := make(map[string]bool, len(f.entries))
+	for i, fe := range f.entries {
+		where := place(name, i)
+		if !fe.there {
+			c.fault(where, "want an entry, there is nothing")
+			continue
+		}
+		if fault := validateIdentity(fe.Identity); fault != "" {
+			c.fault(where, "identity: "+fault)
+		} else {
+			where += " (" + fe.Identity + ")"
+			if identities[fe.Identity] {
+				c.fault(where, "identity: another entry of "+name+" has it")
+			}
+			identities[fe.Identity] = true
+		}
+		for _, fault := range fe.faults {
+			c.fault(where, form(fault))
+		}
+		e := &entry{
+			identity: fe.Identity, anyName: clients != nil, username: fe.Username,
+			names: c.globs(where, "names", fe.Names), san: c.globs(where, "san", fe.SAN),
+		}
+		s.entries = append(s.entries, e)
+		for j, text := range fe.Tokens {
+			t, fault := readToken(text, &s, clients)
+			if fault != "" {
+				c.fault(where, place("token_sha256", j)+": "+fault)
+				continue
+			}
+			t.entry = e
+			s.add(t)
+		}
+		// A field that was not understood is not one that is missing.
+		if len(fe.faults) == 0 {
+			c.combination(where, fe, clients == nil)
+		}
+	}
+	return s
+}
+
+func (c *checker) combination(where string, fe fileEntry, clients bool) {
+	if len(fe.Tokens) == 0 && len(fe.SAN) == 0 {
+		c.fault(where, "want token_sha256, san or both")
+	}
+	if clients {
+		if len(fe.Tokens) > 0 && len(fe.Names) == 0 {
+			c.fault(where, "names: a token needs them, as it has no name of its own")
+		}
+		if fe.Username != "" {
+			c.fault(where, "username: not for clients")
+		}
+		return
+	}
+	if len(fe.Names) > 0 {
+		c.fault(where, "names: only for clients")
+	}
+	if fe.Username != "" && len(fe.Tokens) == 0 {
+		c.fault(where, "username: goes with token_sha256, which is missing")
+	}
+	if strings.ContainsFunc(fe.Username, func(r rune) bool { return r == ':' || unicode.IsControl(r) }) {
+		c.fault(where, "username: has a colon or a control character, which Basic cannot carry")
+	}
+}
+
+func validateIdentity(s string) string {
+	const most = 128 // bytes, to be read in logs
+	switch {
+	case s == "":
+		return "is missing"
+	case len(s) > most:
+		return fmt.Sprintf("more than %d bytes", most)
+	case !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }):
+		return "has characters that cannot be printed"
+	}
+	return ""
+}
+
+func (c *checker) globs(where, field string, texts []fileText) []string {
+	var globs []string
+	for i, t := range texts {
+		if _, err := path.Match(string(t), ""); err != nil || t == "" {
+			c.fault(where, place(field, i)+": want a text, with *, ? and [...] for unknown characters")
+			continue
+		}
+		globs = append(globs, string(t))
+	}
+	return globs
+}
+
+// emptyTokens are the digests of what a wrong command hashes instead of a token.
+var emptyTokens = [][sha256.Size]byte{sha256.Sum256(nil), sha256.Sum256([]byte("\n"))}
+
+// readToken returns the token with the digest in text, or what is wrong with that. A token
+// is for one entry; and of a client for nothing else.
+func readToken(text fileText, section, clients *section) (*token, string) {
+	t := &token{}
+	b, err := hex.DecodeString(string(text))
+	if err != nil || len(b) != sha256.Size {
+		return nil, "want the SHA-256 of a token, 64 hexadecimal digits"
+	}
+	copy(t.digest[:], b)
+	if slices.Contains(emptyTokens, t.digest) {
+		return nil, "is the SHA-256 of an empty token"
+	}
+	if other := section.find(t.digest); other != nil {
+		return nil, fmt.Sprintf("stands there before, for identity %q", other.entry.identity)
+	}
+	if clients != nil {
+		if other := clients.find(t.digest); other != nil {
+			return nil, fmt.Sprintf("is that of the clients' identity %q: a client must not scrape or list", other.entry.identity)
+		}
+	}
+	return t, ""
+}
+
+// The messages of yaml.v2 that can be shown: their other words are its own.
+var (
+	safeSyntax  = regexp.MustCompile(`^yaml: ((line \d+: )?([\w ,<>%-]|'[^\w]')+)$`)
+	syntaxLine  = regexp.MustCompile(`^yaml: (line \d+): `)
+	formFault   = regexp.MustCompile(`(?s)^(line \d+): (field|key|cannot unmarshal) .*?(not found in type \S+|already set in \S+.*|into \S+)$`)
+	wantedForms = map[string]string{
+		"into access.file":                    "want clients, scrapers and listers",
+		"into []access.fileEntry":             "want a list of entries, or the word " + anyone,
+		"into access.fileFields":              "want an entry, which has fields",
+		"into []access.fileText":              "want a list of texts",
+		"into string":                         "want one text",
+		"not found in type access.file":       "unknown field: want clients, scrapers and listers",
+		"not found in type access.fileFields": "unknown field: an entry has identity, names, san, username and token_sha256",
+	}
+)
+
+// syntax returns what can be shown of an error about YAML that is none.
+func syntax(err error) error {
+	if m := safeSyntax.FindStringSubmatch(err.Error()); m != nil {
+		return errors.New("not YAML: " + m[1])
+	}
+	if m := syntaxLine.FindStringSubmatch(err.Error()); m != nil {
+		return errors.New("not YAML: " + m[1])
+	}
+	return errors.New("not YAML")
+}
+
+// form returns what can be shown of a fault that yaml.v2 found.
+func form(s string) string {
+	m := formFault.FindStringSubmatch(s)
+	if m == nil {
+		return "not of the form that is wanted"
+	}
+	if want, ok := wantedForms[m[3]]; ok {
+		return m[1] + ": " + want
+	}
+	if strings.HasPrefix(m[3], "already set") {
+		return m[1] + ": a field stands there twice"
+	}
+	return m[1] + ": not of the form that is wanted"
+}
