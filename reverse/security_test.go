@@ -205,7 +205,9 @@ func newWorld(t *testing.T, n network, o options) *world {
 }
 
 // metric returns the sum of the series of a metric that have the labels, name and value in turn.
-func (w *world) metric(name string, labels ...string) float64 { return metric(w.t, w.metrics, name, labels...) }
+func (w *world) metric(name string, labels ...string) float64 {
+	return metric(w.t, w.metrics, name, labels...)
+}
 
 func metric(t *testing.T, g prometheus.Gatherer, name string, labels ...string) float64 {
 	t.Helper()
@@ -371,7 +373,9 @@ func target(t *testing.T, h http.HandlerFunc) (reverse.PullTarget, *httptest.Ser
 }
 
 // at returns the URL by which a client's target is scraped.
-func at(name string, p reverse.PullTarget) string { return "http://" + name + ":" + p.URL.Port() + p.URL.Path }
+func at(name string, p reverse.PullTarget) string {
+	return "http://" + name + ":" + p.URL.Port() + p.URL.Path
+}
 
 // raw is a connection to the proxy that is written and read by hand.
 type raw struct {
@@ -499,7 +503,6 @@ func files() int {
 	}
 	return len(entries)
 }
-
 
 func mustURL(t *testing.T, s string) *url.URL {
 	t.Helper()
