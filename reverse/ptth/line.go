@@ -34,6 +34,12 @@ type line struct {
 func (l *line) park() {
 	var b [1]byte
 	for {
+		l.mu.Lock()
+		quiet := l.answer == nil
+		l.mu.Unlock()
+		if quiet {
+			awaitBytes(l.conn)
+		}
 		if _, err := l.conn.Read(b[:]); err != nil {
 			l.end()
 			return
@@ -48,9 +54,15 @@ func (l *line) park() {
 				l.end()
 				return
 			}
-			if src != nil && l.hand(src) {
-				return
+			if src != nil {
+				if l.hand(src) {
+					return
+				}
+				continue
 			}
+			// Reading the answer has made the stack larger than waiting needs it.
+			l.hub.park(l)
+			return
 		case answer != nil:
 			if l.hand(newSource(l.conn, b[0])) {
 				return
