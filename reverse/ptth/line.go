@@ -93,8 +93,8 @@ func (l *line) hand(src *source) bool {
 // a scrape that was sent after it.
 func (l *line) beaten(first byte) (*source, bool) {
 	src := newSource(l.conn, first)
-	resp, err := http.ReadResponse(&src.Reader, &http.Request{Method: http.MethodOptions}) //nolint:bodyclose // There is none, or the line ends.
-	if err != nil || resp.StatusCode/100 != 2 || resp.ContentLength != 0 {
+	last, ok := src.beaten()
+	if !ok {
 		src.release()
 		return nil, false
 	}
@@ -102,7 +102,7 @@ func (l *line) beaten(first byte) (*source, bool) {
 	l.owed = time.Time{}
 	fresh := !l.ready
 	l.ready = true
-	if l.moving || resp.Close {
+	if l.moving || last {
 		l.mu.Unlock()
 		src.release()
 		return nil, false
