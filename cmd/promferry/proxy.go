@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -65,7 +66,18 @@ func (k knownClients) Load() ([]byte, error) {
 	return io.ReadAll(f)
 }
 
-func (k knownClients) Save(b []byte) error { return k.dir.WriteFile(knownClientsFile, b) }
+// largeSave is from when on what saving needed is given back at once.
+const largeSave = 1 << 20
+
+func (k knownClients) Save(b []byte) error {
+	if err := k.dir.WriteFile(knownClientsFile, b); err != nil {
+		return err
+	}
+	if len(b) > largeSave {
+		debug.FreeOSMemory()
+	}
+	return nil
+}
 
 func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) error {
 	s := p.settings
