@@ -243,25 +243,33 @@ func TestHostileProxyFloods(t *testing.T) {
 				return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("GET http://web-1:9100/m HTTP/1.1\r\nHost: x\r\nId: a\r\n\r\n"))}, nil
 			}),
 			Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
-				most.Store(max(most.Load(), now.Add(1)))
+				n := now.Add(1)
+				for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+				}
 				<-release
 				now.Add(-1)
 			}),
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		for range 2000 {
-			a, err := p.Poll(ctx)
-			if err != nil {
-				break
+		polled := make(chan struct{})
+		go func() {
+			defer close(polled)
+			for range 2000 {
+				a, err := p.Poll(ctx)
+				if err != nil {
+					return
+				}
+				p.Start(t.Context(), a)
 			}
-			p.Start(t.Context(), a)
-			synctest.Wait()
-		}
+		}()
+		<-ctx.Done()
+		synctest.Wait()
 		if n := most.Load(); n > 256 {
 			t.Errorf("%d scrapes at a time", n)
 		}
 		close(release)
+		<-polled
 		p.Wait()
 	})
 }
