@@ -65,9 +65,13 @@ func passOn(w http.ResponseWriter, r *http.Request, resp *http.Response, limit i
 		return n + m, true, err
 	}
 	m, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{io.LimitReader(resp.Body, limit-n)}, head[:])
-	if n += m; err == nil && n == limit {
-		if more, _ := resp.Body.Read(head[:1]); more > 0 {
-			err = errTooLarge
+	for n += m; err == nil && n == limit; {
+		more := 0
+		switch more, err = resp.Body.Read(head[:1]); {
+		case more > 0:
+			return n, true, errTooLarge
+		case err == io.EOF: //nolint:errorlint // As above.
+			return n, true, nil
 		}
 	}
 	return n, true, err

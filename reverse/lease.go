@@ -73,7 +73,7 @@ func (r *Registry) Lease(ctx context.Context, name string) (Lease, error) {
 		return Lease{l, s, c}, nil
 	}
 	// A client whose last line ended this moment may be about to come back.
-	if !c.connected() && (c.goodbye || time.Since(c.progress) >= reconnectPatience) {
+	if !c.connected() && !c.connecting() && (c.goodbye || time.Since(c.progress) >= reconnectPatience) {
 		c.mu.Unlock()
 		return Lease{}, ErrAway
 	}

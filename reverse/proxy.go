@@ -57,6 +57,9 @@ type Proxy struct {
 	tunnels map[net.Conn]Grant
 }
 
+// failureTimeout is how long a scraper may take to read that its scrape has failed.
+const failureTimeout = 10 * time.Second
+
 // NewProxy returns a proxy.
 func NewProxy(cfg ProxyConfig) *Proxy {
 	p := &Proxy{cfg: cfg, tunnels: make(map[net.Conn]Grant)}
@@ -117,6 +120,11 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if f.status == 0 {
 		panic(http.ErrAbortHandler) // Prometheus must not take what it has for the whole.
+	}
+	control := http.NewResponseController(w)
+	_ = control.SetWriteDeadline(time.Now().Add(failureTimeout))
+	if r.ContentLength != 0 {
+		_ = control.SetReadDeadline(time.Now().Add(failureTimeout)) // Of the body that nobody wants.
 	}
 	h := w.Header()
 	clear(h)
@@ -259,6 +267,9 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		return p.explain(ctx, r, err), nil
 	}
 	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode < http.StatusOK || resp.StatusCode > 999 {
+		return &failure{status: http.StatusBadGateway, result: "bad_answer", text: fmt.Sprintf("the answer has the status %d", resp.StatusCode)}, nil
+	}
 	status = resp.StatusCode
 	if r.Method == http.MethodConnect && status == http.StatusOK {
 		return p.tunnel(w, resp, grant), nil

@@ -150,21 +150,31 @@ func (s *Session) end() {
 	s.registry.cfg.Logger.Info("Client went away", "client", c.name, "goodbye", s.goodbye)
 }
 
-// active returns the session that is scraped: the newest that has had a free line and has not
-// said goodbye.
+// active returns the session that is scraped: of those that have had a free line and have not
+// said goodbye the newest that has a line; or else the newest.
 func (c *client) active() *Session {
+	var newest *Session
 	for _, s := range slices.Backward(c.sessions) {
-		if s.ready && !s.goodbye {
+		switch {
+		case !s.ready || s.goodbye:
+		case s.lines > 0 || s.kind != KindPTTH && time.Since(s.empty) < reconnectPatience: // The next poll is on its way.
 			return s
+		case newest == nil:
+			newest = s
 		}
 	}
-	return nil
+	return newest
 }
 
 // connected tells whether there is a line, or was one a moment ago.
 func (c *client) connected() bool {
 	s := c.active()
 	return s != nil && (s.lines > 0 || time.Since(s.empty) < reconnectPatience)
+}
+
+// connecting tells whether there is a line that has not shown yet that it works.
+func (c *client) connecting() bool {
+	return slices.ContainsFunc(c.sessions, func(s *Session) bool { return !s.ready && !s.goodbye && s.lines > 0 })
 }
 
 // Goodbye tells that a process of a client is about to stop.

@@ -372,21 +372,6 @@ func TestR4DiscoveryDoesNotShrink(t *testing.T) {
 	})
 }
 
-// TestR4NothingKnown: a proxy that has lost what it knew, as one in a container without a volume,
-// does not make Prometheus forget all targets while clients are on their way back.
-func TestR4NothingKnown(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, newPipes(), options{registry: func(c *reverse.RegistryConfig) { c.Store = &memory{} }})
-		if code, body := sd(w); code != http.StatusServiceUnavailable {
-			t.Errorf("just started: %d %s", code, body)
-		}
-		<-time.After(16 * time.Second)
-		if code, body := sd(w); code != http.StatusOK {
-			t.Errorf("settled: %d %s", code, body)
-		}
-	})
-}
-
 // TestR5Drain: scrapes in flight end well while the proxy stops, for new ones there is 503, and
 // clients go elsewhere.
 func TestR5Drain(t *testing.T) {

@@ -221,7 +221,11 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 			d.proxy.ServeHTTP(w, r)
 			return
 		}
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
+		control := http.NewResponseController(w)
+		_ = control.SetWriteDeadline(time.Now().Add(time.Minute))
+		if r.ContentLength != 0 { // Polls and responses set their own.
+			_ = control.SetReadDeadline(time.Now().Add(10 * time.Second))
+		}
 		protected.ServeHTTP(w, r)
 	})
 

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -234,12 +235,19 @@ func (l *Link) poll(ctx, scrapes context.Context, p *longpoll.Poller, ours func(
 				ours()
 			}
 			p.Start(scrapes, a)
-			if !a.Displaced || time.Since(began) > heldAfter {
+			held := heldAfter
+			if heartbeat > 0 {
+				held = min(held, heartbeat/2)
+			}
+			if a.HasScrape() || time.Since(began) >= held {
 				attempt = 0
 				continue
 			}
-			// Another client of this name polls as well: not as fast as can be.
-			err = errors.New("another client polls under this name")
+			// Not as fast as can be.
+			err = errors.New("the proxy ends polls at once")
+			if a.Displaced {
+				err = errors.New("another client polls under this name")
+			}
 		}
 		down(err)
 		_ = l.failed(ctx, err)
@@ -333,13 +341,21 @@ func (l *Link) hold(ctx context.Context, keep bool, works func()) error {
 	for attempt := 0; ; attempt++ {
 		line, err := l.dialer.Open(ctx)
 		if err == nil {
+			began, used := time.Now(), atomic.Bool{}
 			up := func() {
 				works()
 				l.opened()
 			}
-			if err = line.Serve(ctx, l.cfg.Drain, up, l.use); !errors.Is(err, ptth.ErrSilent) {
+			use := func(begins bool) {
+				used.Store(true)
+				l.use(begins)
+			}
+			if err = line.Serve(ctx, l.cfg.Drain, up, use); !errors.Is(err, ptth.ErrSilent) {
 				l.closed(err)
-				attempt = 0
+				// One that ends again and again without any use is not asked for in haste.
+				if used.Load() || time.Since(began) > maxDelay {
+					attempt = 0
+				}
 			}
 		}
 		if ctx.Err() != nil || !keep {

@@ -98,8 +98,10 @@ func (h *Hub) Poll(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 			http.Error(w, "the body is the client's name, and this is too long for one", http.StatusRequestEntityTooLarge)
+			return
 		}
-		return // The client went away.
+		http.Error(w, "the body does not come to its end", http.StatusBadRequest)
+		return
 	}
 	kind := reverse.KindPushProx
 	if r.Header.Get(reverse.HeaderSession) != "" {
@@ -150,8 +152,8 @@ func (h *Hub) park(p *poll) {
 		_ = p.conn.Close()
 	}
 	h.polls[p] = struct{}{}
+	p.session.Free(p) // Before anybody can see that it ends.
 	h.parking.Go(p.park)
-	p.session.Free(p)
 }
 
 // Push answers POST /push.
@@ -483,12 +485,23 @@ func (p *poll) answer() bool {
 	return true
 }
 
+// giveBack frees a poll that a scrape has and does not need.
+func (p *poll) giveBack() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.answered {
+		p.session.Free(p)
+	}
+}
+
 // finish answers a poll that no scrape has.
 func (p *poll) finish(text string) {
 	if !p.session.Take(p) || !p.answer() {
 		return
 	}
 	p.session.Leave(p)
+	_ = p.conn.SetWriteDeadline(time.Now().Add(time.Second)) // It is some bytes.
+	defer func() { _ = p.conn.SetWriteDeadline(time.Time{}) }()
 	if _, err := io.WriteString(p.conn, text); err != nil {
 		_ = p.conn.Close()
 	}
@@ -531,7 +544,7 @@ var buffers = sync.Pool{New: func() any { return &bytes.Buffer{} }}
 // RoundTrip answers the poll with a scrape, and waits for the response.
 func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.Method == http.MethodConnect {
-		p.session.Free(p)
+		p.giveBack()
 		return nil, reverse.ErrNoTunnel
 	}
 	if !p.answer() {
@@ -604,6 +617,10 @@ func (p *poll) send(req *http.Request, id string) error {
 	head := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n%s\r\n", buf.Len(), extra)
 	// One write, one packet.
 	whole := append([]byte(head), buf.Bytes()...)
+	if deadline, ok := req.Context().Deadline(); ok { // A client that does not read holds nobody.
+		_ = p.conn.SetWriteDeadline(deadline)
+		defer func() { _ = p.conn.SetWriteDeadline(time.Time{}) }()
+	}
 	_, err := p.conn.Write(whole)
 	return err
 }

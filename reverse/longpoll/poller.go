@@ -38,7 +38,12 @@ type Poller struct {
 	Responded func(error)
 
 	inFlight sync.WaitGroup
+	once     sync.Once
+	slots    chan struct{}
 }
+
+// maxScrapes is how many scrapes there are at a time, whatever the proxy hands out.
+const maxScrapes = 256
 
 // Answer is what a poll was answered with.
 type Answer struct {
@@ -49,6 +54,9 @@ type Answer struct {
 	Displaced bool
 	scrape    *http.Request
 }
+
+// HasScrape tells whether there is a scrape to answer.
+func (a Answer) HasScrape() bool { return a.scrape != nil }
 
 // Poll asks for a scrape, and waits for one until ctx ends. An answer without a scrape means
 // to poll again. The error is a *reverse.Refusal when the proxy does not want the poll.
@@ -89,13 +97,16 @@ func (p *Poller) Poll(ctx context.Context) (Answer, error) {
 	return a, nil
 }
 
-// Start answers the scrape of an answer, if it has one, while the caller goes on. Wait waits
-// for it; when ctx ends it is given up.
+// Start answers the scrape of an answer, if it has one, while the caller goes on, unless there
+// are many already. Wait waits for it; when ctx ends it is given up.
 func (p *Poller) Start(ctx context.Context, a Answer) {
 	if a.scrape == nil {
 		return
 	}
+	p.once.Do(func() { p.slots = make(chan struct{}, maxScrapes) })
+	p.slots <- struct{}{} // Each has a deadline.
 	p.inFlight.Go(func() {
+		defer func() { <-p.slots }()
 		err := p.respond(ctx, a)
 		if err != nil {
 			p.Logger.Debug("Response not taken", "err", err)

@@ -23,6 +23,9 @@ import (
 // MaxHeartbeat bounds what a proxy may say: a line that is dead for longer is of no use.
 const MaxHeartbeat = 10 * time.Minute
 
+// minHeartbeat is as short as it can be, in seconds.
+const minHeartbeat = 0.01
+
 // ErrNoPTTH means that the proxy, or what lies between, does not let a line be made.
 var ErrNoPTTH = errors.New("no PTTH there")
 
@@ -118,8 +121,8 @@ func (d *Dialer) Open(ctx context.Context) (*Line, error) {
 func Heartbeat(h http.Header) (time.Duration, error) {
 	text := h.Get(reverse.HeaderHeartbeat)
 	seconds, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(seconds > 0 && seconds <= MaxHeartbeat.Seconds()) {
-		return 0, fmt.Errorf("%s: %.40q: want seconds above zero, at most %v", reverse.HeaderHeartbeat, text, MaxHeartbeat.Seconds())
+	if err != nil || !(seconds >= minHeartbeat && seconds <= MaxHeartbeat.Seconds()) {
+		return 0, fmt.Errorf("%s: %.40q: want seconds from %v to %v", reverse.HeaderHeartbeat, text, minHeartbeat, MaxHeartbeat.Seconds())
 	}
 	return time.Duration(seconds * float64(time.Second)), nil
 }
@@ -201,7 +204,9 @@ func (l *Line) Serve(ctx context.Context, drain time.Duration, up func(), busy f
 	_ = l.server.Close()
 	_ = l.conn.Close()
 	<-done
-	<-l.served
+	if listener.given { // Else ctx had ended before.
+		<-l.served
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -246,6 +251,12 @@ func (l *Line) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	if r.Method == http.MethodOptions && r.RequestURI == "*" {
 		w.Header().Set("Content-Length", "0")
+		return
+	}
+	if r.ContentLength != 0 { // Nobody waits for what no scrape has.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now())
+		w.Header().Set("Connection", "close")
+		http.Error(w, "a scrape has no body", http.StatusBadRequest)
 		return
 	}
 	l.busy(true)

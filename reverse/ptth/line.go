@@ -56,18 +56,17 @@ func (l *line) park() {
 				return
 			}
 			if src != nil {
-				if l.hand(src) {
-					return
+				if !l.hand(src) { // Nobody has asked for more.
+					l.end()
 				}
-				continue
+				return
 			}
 			// Reading the answer has made the stack larger than waiting needs it.
 			l.hub.park(l)
 			return
 		case answer != nil:
-			if l.hand(newSource(l.conn, b[0])) {
-				return
-			}
+			l.hand(newSource(l.conn, b[0]))
+			return
 		default: // It spoke without being asked.
 			l.end()
 			return
@@ -133,15 +132,35 @@ func (l *line) beat() {
 			_ = l.conn.Close()
 		}
 	case l.ready && !l.inUse && !l.moving && l.hub.now()-l.last >= interval*3/4:
+		// On its own: a client that does not read must not keep the others waiting.
 		l.owed = l.hub.now()
+		l.hub.parking.Go(l.sendBeat)
+	}
+}
+
+// sendBeat sends the heartbeat that is owed an answer from now on.
+func (l *line) sendBeat() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.closed:
+	case l.inUse: // A scrape was faster: its answer will do.
+		l.owed = 0
+	default:
 		l.write(heartbeat)
 	}
 }
 
+// writeTimeout is how long sending some bytes may take: there is room for them, but on a line
+// whose client does not read.
+const writeTimeout = time.Second
+
 // write sends something short. What goes wrong with it, park sees.
 func (l *line) write(s string) {
 	l.last = l.hub.now()
+	_ = l.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 	_, _ = io.WriteString(l.conn, s)
+	_ = l.conn.SetWriteDeadline(time.Time{})
 }
 
 // move ends the line in a way that the client takes for a wish, not for a fault.
@@ -196,10 +215,10 @@ func (l *line) release() {
 		l.write(move)
 	}
 	l.mu.Unlock()
-	l.hub.park(l)
 	if !moving {
-		l.session.Free(l)
+		l.session.Free(l) // Before anybody can see that it ends.
 	}
+	l.hub.park(l)
 }
 
 // RoundTrip sends a scrape, or CONNECT, over the line.
