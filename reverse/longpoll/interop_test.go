@@ -270,6 +270,9 @@ func startHub(t *testing.T, n *network, address string, l net.Listener, o option
 		cancel()
 		_ = server.Close()
 		running.Wait()
+		if o.tls != nil {
+			<-time.After(6 * time.Second) // A pipe holds nothing, so the end of TLS, which nobody reads, takes 5 s.
+		}
 	})
 	t.Cleanup(h.stop)
 	return h
