@@ -146,9 +146,18 @@ func serve(t *testing.T, l net.Listener, handler http.Handler) (stop func()) {
 	stop = sync.OnceFunc(func() {
 		_ = server.Close()
 		serving.Wait()
+		lingers(l)
 	})
 	t.Cleanup(stop)
 	return stop
+}
+
+// lingers waits for what a server leaves for some time: net/http half a second for the client to
+// close, and TLS five for its goodbye to be read, which a pipe does not hold.
+func lingers(l net.Listener) {
+	if _, ok := l.(*memory); ok { // In a bubble.
+		<-time.After(6 * time.Second)
+	}
 }
 
 // logs are what was logged.
@@ -252,6 +261,7 @@ func startHub(t *testing.T, n *network, address string, l net.Listener, o option
 			mux.ServeHTTP(w, r)
 		})),
 	}
+	inMemory := l
 	if o.tls != nil {
 		l = tls.NewListener(l, o.tls)
 	}
@@ -270,9 +280,7 @@ func startHub(t *testing.T, n *network, address string, l net.Listener, o option
 		cancel()
 		_ = server.Close()
 		running.Wait()
-		if o.tls != nil {
-			<-time.After(6 * time.Second) // A pipe holds nothing, so the end of TLS, which nobody reads, takes 5 s.
-		}
+		lingers(inMemory)
 	})
 	t.Cleanup(h.stop)
 	return h
@@ -469,6 +477,10 @@ func (x *target) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case "/torn": // breaks off in the middle of a number
 		_, _ = io.WriteString(w, "requests_total 1")
+		flush()
+		panic(http.ErrAbortHandler)
+	case "/torn/large":
+		_, _ = io.WriteString(w, large+"requests_total 1")
 		flush()
 		panic(http.ErrAbortHandler)
 	case "/short": // less than it said
