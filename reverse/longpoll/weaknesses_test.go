@@ -304,7 +304,13 @@ func TestW5HalfOpen(t *testing.T) {
 			})
 			node := startNode(t, n, "http://hub:8080", 2)
 			pass(3 * time.Second)
-			h.scrape(t, site+"/slow?1s", "10").is(t, "before", http.StatusOK, "", metrics)
+			var before []<-chan answer
+			for range 4 { // Which leaves it some connections with nothing to do.
+				before = append(before, h.begin(t, site+"/slow?1s", "10"))
+			}
+			for _, c := range before {
+				(<-c).is(t, "before", http.StatusOK, "", metrics)
+			}
 			for _, c := range conns {
 				close(c.dead)
 			}
@@ -658,46 +664,6 @@ func TestW8ClientThatDoesNotRead(t *testing.T) {
 			if resp := answers.response(t); resp.StatusCode != http.StatusNoContent || time.Since(began) > 2*heartbeat {
 				t.Errorf("%d after %v, want 204 within two heartbeats", resp.StatusCode, time.Since(began))
 			}
-		})
-	})
-	// It has the Id when the rest does not get through: its response must not wait for ever.
-	t.Run("half an answer", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			p := newPair(t, options{})
-			conn, _ := p.connect(t)
-			conn.send(t, poll(name))
-			synctest.Wait()
-			got := p.begin(t, site+"/metrics", "10")
-			said := ""
-			for !regexp.MustCompile(`\nId: \S+\r\n`).MatchString(said) {
-				b := make([]byte, 1)
-				if _, err := conn.Read(b); err != nil {
-					t.Fatal(err)
-				}
-				said += string(b)
-			}
-			_, id, _ := strings.Cut(strings.TrimSpace(said), "\nId: ")
-			pusher, told := p.connect(t)
-			pusher.send(t, push("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
-			synctest.Wait()
-			_ = conn.Close()
-			done := make(chan int, 1)
-			go func() {
-				resp, err := http.ReadResponse(told.Reader, nil) //nolint:bodyclose // The connection ends.
-				if err != nil {
-					done <- 0
-					return
-				}
-				done <- resp.StatusCode
-			}()
-			<-got
-			pass(time.Minute)
-			select {
-			case <-done:
-			default:
-				t.Error("the response waits for ever")
-			}
-			_ = pusher.Close()
 		})
 	})
 }
@@ -1199,4 +1165,46 @@ func TestW18Memory(t *testing.T) {
 	if each > 14<<10 {
 		t.Errorf("%d bytes for each, want at most 14 KiB", each)
 	}
+}
+
+// TestW8HalfAnAnswer: a client has the Id when the rest of the answer to its poll does not get
+// through. Its response must not wait for ever. (A goroutine that does ends the whole run.)
+func TestW8HalfAnAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t, options{})
+		conn, _ := p.connect(t)
+		conn.send(t, poll(name))
+		synctest.Wait()
+		got := p.begin(t, site+"/metrics", "10")
+		said := ""
+		for !regexp.MustCompile(`\nId: \S+\r\n`).MatchString(said) {
+			b := make([]byte, 1)
+			if _, err := conn.Read(b); err != nil {
+				t.Fatal(err)
+			}
+			said += string(b)
+		}
+		_, id, _ := strings.Cut(strings.TrimSpace(said), "\nId: ")
+		pusher, told := p.connect(t)
+		pusher.send(t, push("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
+		synctest.Wait()
+		_ = conn.Close()
+		done := make(chan int, 1)
+		go func() {
+			resp, err := http.ReadResponse(told.Reader, nil) //nolint:bodyclose // The connection ends.
+			if err != nil {
+				done <- 0
+				return
+			}
+			done <- resp.StatusCode
+		}()
+		<-got
+		pass(time.Minute)
+		select {
+		case <-done:
+		default:
+			t.Error("the response waits for ever")
+		}
+		_ = pusher.Close()
+	})
 }
