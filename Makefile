@@ -52,6 +52,7 @@ docs: ## write docs/configuration.md anew
 	WRITE_DOCS=1 go test -count=1 -run TestConfigurationPage ./cmd/promferry
 
 bench: build tools ## measure every figure that the README claims
+	@tools/programs.sh $(TOOLS) nginx
 	go run -tags bench ./bench
 
 demo: build tools ## the main job on this machine, until Ctrl-C

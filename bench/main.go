@@ -3,7 +3,8 @@
 // Command bench measures the figures that the README claims, as ratios against real
 // programs in one run. It judges nothing: machines differ. Servers run on one core, what
 // is measured on another; rounds alternate; medians are printed. The arguments name the
-// parts to measure, out of forward, batch, add, open and deliver; without any it is all of them.
+// parts to measure, out of forward, batch, add, open, deliver, and pull-load, pull-memory,
+// pull-far, pull-large and pull-unknown, which are pull together; without any it is all of them.
 package main
 
 import (
@@ -38,6 +39,9 @@ func main() {
 }
 
 func run(ctx context.Context, only []string) error {
+	if len(only) > 0 && only[0] == reverseProxyRole {
+		return serveReverseProxy(ctx, only[1:])
+	}
 	if runtime.NumCPU() < 2 {
 		return fmt.Errorf("two cores are needed, this machine has %d", runtime.NumCPU())
 	}
@@ -57,9 +61,21 @@ func run(ctx context.Context, only []string) error {
 	parts := []struct {
 		name    string
 		measure func(ctx context.Context, promferry string) error
-	}{{"forward", forward}, {"batch", batchRun}, {"add", outboxAdds}, {"open", outboxOpens}, {"deliver", outboxDelivers}}
+	}{
+		{"forward", forward},
+		{"batch", batchRun},
+		{"add", outboxAdds},
+		{"open", outboxOpens},
+		{"deliver", outboxDelivers},
+		{"pull-load", pullLoad},
+		{"pull-memory", pullMemory},
+		{"pull-far", pullFar},
+		{"pull-large", pullLarge},
+		{"pull-unknown", pullUnknown},
+	}
 	for _, p := range parts {
-		if len(only) > 0 && !slices.Contains(only, p.name) {
+		named := func(name string) bool { return name == p.name || strings.HasPrefix(p.name, name+"-") }
+		if len(only) > 0 && !slices.ContainsFunc(only, named) {
 			continue
 		}
 		if err := p.measure(ctx, promferry); err != nil {

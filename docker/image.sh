@@ -125,8 +125,8 @@ series() { # series NAME: the value of the node's series in the Pushgateway, if 
 forwards() { [ "$(series up)" = 1 ] && [ -n "$(series node_load1)" ]; }
 
 # Build.
-mkdir -p "$work/context/state/promferry-agent"
-chmod 0700 "$work/context/state/promferry-agent"
+mkdir -p "$work"/context/state/promferry-{agent,proxy}
+chmod 0700 "$work"/context/state/*
 cp promferry /etc/ssl/certs/ca-certificates.crt "$work/context/"
 podman build --quiet --tag "$image" --file docker/Dockerfile \
   --build-arg VERSION="$(git describe --tags --always --dirty 2>/dev/null || echo unknown)" \
@@ -170,6 +170,25 @@ check "the exit status after SIGTERM" "$(podman inspect --format '{{.State.ExitC
 check "up after it" "$(series up)" 0
 check "node_load1 after it" "$(series node_load1)" ""
 podman rm --volumes agent >/dev/null
+
+# The proxy, and an agent that it scrapes.
+scraped() { # by way of the proxy
+  exec 3<>/dev/tcp/127.0.0.1/8080 || return 1
+  printf 'GET http://box-1:9100/metrics HTTP/1.1\r\nHost: box-1\r\nConnection: close\r\n\r\n' >&3
+  grep -q node_exporter_build_info <&3
+}
+"${run[@]}" --detach --name proxy --stop-timeout 30 -v promferry-proxy:/var/lib/promferry-proxy "$image" proxy >/dev/null
+"${run[@]}" --detach --name agent -v promferry-state:/var/lib/promferry-agent \
+  -e PROMFERRY_PROXY_URLS=http://127.0.0.1:8080 -e PROMFERRY_FQDN=box-1 -e PROMFERRY_INSTANCE=box-1 "$image" >/dev/null
+if ! eventually 20 scraped 2>/dev/null; then
+  podman logs proxy >&2
+  podman logs agent >&2
+  fail "the proxy does not scrape the agent"
+fi
+echo "ok: node_exporter scraped through the proxy"
+podman stop agent proxy >/dev/null
+check "the proxy's exit status after SIGTERM" "$(podman inspect --format '{{.State.ExitCode}}' proxy)" 0
+podman rm --volumes agent proxy >/dev/null
 
 mkdir -p dist
 rm -f dist/promferry-image.tar

@@ -164,6 +164,7 @@ func (c *Client) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if f.status == 0 {
 		panic(http.ErrAbortHandler) // The proxy must not take what it has for the whole.
 	}
+	clear(w.Header()) // Of the target's.
 	w.Header().Set(HeaderError, f.result)
 	http.Error(w, f.text, f.status)
 }
@@ -326,18 +327,14 @@ func (c *Client) scrape(w http.ResponseWriter, r *http.Request, to route) (int, 
 		return 0, c.explain(ctx, r, to, err, limit)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	if resp.ContentLength > c.cfg.MaxBytes {
-		return 0, &failure{status: http.StatusRequestEntityTooLarge, result: "too_large", text: fmt.Sprintf("the answer of %s is larger than %d bytes", to.shown, c.cfg.MaxBytes)}
-	}
 	copyAllowed(w.Header(), resp.Header)
-	if resp.ContentLength >= 0 {
-		w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
-	}
-	w.WriteHeader(resp.StatusCode)
-	if _, err := copyBody(w, resp, c.cfg.MaxBytes); err != nil {
+	if _, sent, err := passOn(w, r, resp, c.cfg.MaxBytes); err != nil {
 		f := c.explain(ctx, r, to, err, limit)
-		if f.status = 0; f.result == "target_down" {
-			f.result = "broken_off"
+		if f.result == "target_down" {
+			f.result, f.text = "broken_off", fmt.Sprintf("target %s: the answer broke off: %s", to.shown, safeurl.Line(err.Error()))
+		}
+		if sent {
+			f.status = 0
 		}
 		return resp.StatusCode, f
 	}
@@ -347,7 +344,7 @@ func (c *Client) scrape(w http.ResponseWriter, r *http.Request, to route) (int, 
 func (c *Client) explain(ctx context.Context, r *http.Request, to route, err error, limit time.Duration) *failure {
 	switch {
 	case errors.Is(err, errTooLarge):
-		return &failure{result: "too_large", text: fmt.Sprintf("the answer of %s is larger than %d bytes", to.shown, c.cfg.MaxBytes)}
+		return &failure{status: http.StatusRequestEntityTooLarge, result: "too_large", text: fmt.Sprintf("the answer of %s is larger than %d bytes", to.shown, c.cfg.MaxBytes)}
 	case r.Context().Err() != nil:
 		return &failure{result: "canceled", text: "the proxy gave up"}
 	case httpclient.IsTimeout(ctx, err):

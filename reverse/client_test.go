@@ -191,7 +191,11 @@ func TestAnswers(t *testing.T) {
 		"slow": {func(*http.Request) (*http.Response, error) {
 			return nil, context.DeadlineExceeded
 		}, "504 timeout"},
-		"large": {func(*http.Request) (*http.Response, error) { return body("", 101) }, "413 too_large"},
+		"breaks off at once": {func(*http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, ContentLength: -1, Body: io.NopCloser(io.MultiReader(strings.NewReader("half"), brokenReader{}))}, nil
+		}, "502 broken_off"},
+		"too large without saying so": {func(*http.Request) (*http.Response, error) { return body(strings.Repeat("x", 101), -1) }, "413 too_large"},
+		"large":                       {func(*http.Request) (*http.Response, error) { return body("", 101) }, "413 too_large"},
 	} {
 		target.answer = tt.answer
 		w := ask(t, c, request)
@@ -202,9 +206,11 @@ func TestAnswers(t *testing.T) {
 			t.Errorf("%s: the answer shows the query: %s", name, w.Body)
 		}
 	}
+	// When the status is out already.
+	c.cfg.MaxBytes = 200_000
 	for name, r := range map[string]io.Reader{
-		"breaks off": io.MultiReader(strings.NewReader("half"), brokenReader{}),
-		"too large":  strings.NewReader(strings.Repeat("x", 101)),
+		"breaks off": io.MultiReader(strings.NewReader(strings.Repeat("x", 100_000)), brokenReader{}),
+		"too large":  strings.NewReader(strings.Repeat("x", 200_001)),
 	} {
 		target.answer = func(*http.Request) (*http.Response, error) {
 			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, ContentLength: -1, Body: io.NopCloser(r)}, nil

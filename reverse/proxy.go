@@ -263,14 +263,8 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	if r.Method == http.MethodConnect && status == http.StatusOK {
 		return p.tunnel(w, resp, grant), nil
 	}
-	if resp.ContentLength > p.cfg.MaxBytes {
-		return &failure{status: http.StatusRequestEntityTooLarge, result: "too_large", text: fmt.Sprintf("the answer is larger than %d bytes", p.cfg.MaxBytes)}, nil
-	}
 	header := w.Header()
 	copyAllowed(header, resp.Header)
-	if resp.ContentLength >= 0 {
-		header["Content-Length"] = []string{strconv.FormatInt(resp.ContentLength, 10)}
-	}
 	said := resp.Header.Get(HeaderError)
 	if said != "" {
 		if !clientErrors[said] {
@@ -278,12 +272,11 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		}
 		header[HeaderError] = []string{said}
 	}
-	w.WriteHeader(status)
-	n, err := copyBody(w, resp, p.cfg.MaxBytes)
+	n, sent, err := passOn(w, r, resp, p.cfg.MaxBytes)
 	p.metrics.bytes.Add(float64(n))
 	switch {
 	case err != nil:
-		return p.explainBody(ctx, r, err), nil
+		return p.explainBody(ctx, r, err, sent), nil
 	case said != "":
 		return &failure{result: said, text: "the client says so", whole: true}, nil
 	}
@@ -291,35 +284,23 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 }
 
 // clientErrors are what a client may say in HeaderError.
-var clientErrors = map[string]bool{"not_allowed": true, "target_down": true, "too_large": true, "timeout": true}
+var clientErrors = map[string]bool{"not_allowed": true, "target_down": true, "broken_off": true, "too_large": true, "timeout": true}
 
-func (p *Proxy) explainBody(ctx context.Context, r *http.Request, err error) *failure {
-	f := &failure{result: "broken_off", text: "the answer broke off: " + err.Error()}
+// explainBody says what an error of a body means, whose status may have been sent already.
+func (p *Proxy) explainBody(ctx context.Context, r *http.Request, err error, sent bool) *failure {
+	f := &failure{status: http.StatusBadGateway, result: "broken_off", text: "the answer broke off: " + err.Error()}
 	switch {
 	case errors.Is(err, errTooLarge):
-		f.result = "too_large"
+		f.status, f.result, f.text = http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("the answer is larger than %d bytes", p.cfg.MaxBytes)
 	case errors.Is(r.Context().Err(), context.Canceled):
 		f.result = "canceled"
 	case ctx.Err() != nil:
-		f.result = "timeout"
+		f.status, f.result, f.text = http.StatusGatewayTimeout, "timeout", "the answer did not come to its end within the scrape's time"
+	}
+	if sent {
+		f.status = 0
 	}
 	return f
-}
-
-var errTooLarge = errors.New("too large")
-
-// copyBody copies the body of an answer.
-func copyBody(w io.Writer, resp *http.Response, limit int64) (int64, error) {
-	if resp.ContentLength >= 0 {
-		return io.Copy(w, resp.Body) // Which may go from socket to socket.
-	}
-	n, err := io.Copy(w, io.LimitReader(resp.Body, limit))
-	if err == nil && n == limit {
-		if m, _ := resp.Body.Read(make([]byte, 1)); m > 0 {
-			err = errTooLarge
-		}
-	}
-	return n, err
 }
 
 // outgoing returns the request as it goes to the client.

@@ -12,8 +12,8 @@
 #
 # node_exporter is a Go module, which the Makefile installs; `tools/programs.sh DIR
 # node_exporter` fetches Debian's instead, for a machine that cannot build it.
-# `tools/programs.sh DIR shellcheck` is for lint, `tools/programs.sh DIR chromium` for the
-# tests that look at the web pages. A browser comes with the libraries that the machine
+# `tools/programs.sh DIR shellcheck` is for lint, nginx for the benchmarks, and chromium for
+# the tests that look at the web pages. A browser comes with the libraries that the machine
 # has not and with a font, below DIR/chromium: some 100 MB.
 set -eu
 dir=$1
@@ -49,7 +49,7 @@ package() {
 	prometheus | promtool) echo prometheus ;;
 	pushgateway) echo prometheus-pushgateway ;;
 	node_exporter) echo prometheus-node-exporter ;;
-	shellcheck) echo shellcheck ;;
+	shellcheck | nginx) echo "$1" ;;
 	chromium) echo chromium-headless-shell ;;
 	*) fail "unknown program $1" ;;
 	esac
@@ -145,12 +145,13 @@ browser() {
 
 for name in $missing; do
 	[ "$name" != chromium ] || browser
-	for file in "$name" "prometheus-$(echo "$name" | tr _ -)"; do
-		[ -f "$tmp/root/usr/bin/$file" ] || continue
-		"$tmp/root/usr/bin/$file" --version >"$tmp/version" 2>&1 ||
+	case $name in nginx) version=-v ;; *) version=--version ;; esac
+	for file in "bin/$name" "bin/prometheus-$(echo "$name" | tr _ -)" "sbin/$name"; do
+		[ -f "$tmp/root/usr/$file" ] || continue
+		"$tmp/root/usr/$file" "$version" >"$tmp/version" 2>&1 ||
 			fail "$name does not run here: $(cat "$tmp/version")"
-		mv -f "$tmp/root/usr/bin/$file" "$dir/bin/$name"
-		sed -n '1s/ (.*//p' "$tmp/version" >&2
+		mv -f "$tmp/root/usr/$file" "$dir/bin/$name"
+		sed -n '1s/ (.*//; 1p' "$tmp/version" >&2
 		continue 2
 	done
 	fail "no $name in$packages"

@@ -213,11 +213,14 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		protected.ServeHTTP(w, r)
 	})
 
-	type face struct{ address, config *setting[string] }
-	faces := []face{{s.WebListenAddress, s.WebConfigFile}}
+	type face struct {
+		address, config *setting[string]
+		role            string
+	}
+	faces := []face{{s.WebListenAddress, s.WebConfigFile, "web"}}
 	handlers := []http.Handler{handler}
 	if s.ClientListenAddress.value != "" {
-		faces = append(faces, face{s.ClientListenAddress, s.ClientConfigFile})
+		faces = append(faces, face{s.ClientListenAddress, s.ClientConfigFile, "client"})
 		handlers = append(handlers, forClients)
 	}
 	var servers []*server
@@ -229,6 +232,15 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		}
 		server := newServer(listener, f.config.value, longpoll.RestoreTLS(handlers[i]), d.logger)
 		server.http.ConnContext = longpoll.ConnContext
+		if f.config.value != "" {
+			c, err := newWebConfig(f.config.value, f.role, d.logger, registry)
+			if err != nil {
+				return fmt.Errorf("%s: %w", f.config.name(), err)
+			}
+			if !c.now().hasUser { // With users, exporter-toolkit asks them.
+				server.cached = c
+			}
+		}
 		servers = append(servers, server)
 	}
 
@@ -250,6 +262,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	})
 	group.Go(func() error { return d.guard.Run(serveCtx) })
 	group.Go(func() error { return d.recheck(serveCtx) })
+	group.Go(func() error { return keepMemory(serveCtx) })
 	group.Go(func() error { return d.polls.Run(serveCtx) })
 	group.Go(func() error { return d.hub.Run(serveCtx) })
 	group.Go(func() error { return d.clients.Run(serveCtx) })

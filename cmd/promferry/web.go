@@ -76,7 +76,9 @@ type server struct {
 	listener net.Listener
 	http     *http.Server
 	config   string
-	logger   *slog.Logger
+	// cached serves in place of exporter-toolkit, where that costs too much; nil: not.
+	cached *webConfig
+	logger *slog.Logger
 }
 
 // newServer returns a server. Handlers bound the time of reading bodies and of writing.
@@ -97,7 +99,12 @@ func newServer(listener net.Listener, config string, handler http.Handler, logge
 func (s *server) Run(ctx context.Context) error {
 	stopped := context.AfterFunc(ctx, func() { _ = s.http.Close() })
 	defer stopped()
-	err := toolkit.Serve(s.listener, s.http, &toolkit.FlagConfig{WebConfigFile: &s.config}, s.logger)
+	var err error
+	if s.cached != nil {
+		err = s.cached.serve(s)
+	} else {
+		err = toolkit.Serve(s.listener, s.http, &toolkit.FlagConfig{WebConfigFile: &s.config}, s.logger)
+	}
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

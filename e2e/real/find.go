@@ -17,7 +17,7 @@ import (
 	"sync"
 )
 
-// Find returns the path of a real program: "node_exporter", "pushgateway",
+// Find returns the path of a real program: "node_exporter", "pushgateway", "nginx",
 // "prometheus" or "promtool". The program's variable (PUSHGATEWAY_BIN and so on) wins
 // over .tools/bin of this checkout, and that over the PATH, where Debian's name
 // (prometheus-pushgateway) will do as well.

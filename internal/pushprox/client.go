@@ -57,7 +57,7 @@ type Client struct {
 
 // Faults are ways to misbehave. The zero value has none.
 type Faults struct {
-	// LatePush waits for this long before each push, and then pushes whether or not the
+	// LatePush waits for this long after each scrape, and then pushes whether or not the
 	// scrape's time is up. The real one does not push when it is.
 	LatePush time.Duration
 	// DoublePush pushes each response twice, one after the other.
@@ -148,7 +148,10 @@ func (s *session) drop(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-s.Faults.Drop:
+		case _, more := <-s.Faults.Drop:
+			if !more {
+				return
+			}
 			s.conns.Drop()
 		}
 	}

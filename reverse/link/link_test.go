@@ -428,3 +428,46 @@ func TestDrain(t *testing.T) {
 		})
 	}
 }
+
+// TestS20GivenUp: when Prometheus gives up, the scrape at the node is cancelled.
+func TestS20GivenUp(t *testing.T) {
+	for _, upgrade := range []bool{true, false} {
+		t.Run(fmt.Sprint("upgrade=", upgrade), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := startHub(t)
+				h.between(func(_ http.ResponseWriter, r *http.Request) bool {
+					if !upgrade {
+						r.Header.Del("Upgrade")
+					}
+					return false
+				})
+				var ended atomic.Int64
+				startLink(t, h, 1, func(w http.ResponseWriter, r *http.Request) {
+					if r.URL.Path == "/a" {
+						hello(w, r)
+						return
+					}
+					began := time.Now()
+					<-r.Context().Done()
+					ended.Store(int64(time.Since(began)))
+				})
+				sleep(2 * time.Second)
+				conn, err := h.dial(t.Context(), "", "")
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := io.WriteString(conn, "GET http://web-1:9100/slow HTTP/1.1\r\nHost: web-1:9100\r\n\r\n"); err != nil {
+					t.Fatal(err)
+				}
+				sleep(time.Second)
+				_ = conn.Close()
+				sleep(time.Millisecond)
+				if d := time.Duration(ended.Load()); d != time.Second {
+					t.Errorf("the scrape at the node ended after %v, want 1s", d)
+				}
+				sleep(time.Second)
+				wants(t, "the next scrape", h.scrape(t, "/a"), "200 hello from /a")
+			})
+		})
+	}
+}

@@ -168,16 +168,36 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 		src.Reset(nil)
 		readers.Put(src)
 	}()
+	// One of our clients says at once which scrape it responds to, and learns from the answer
+	// that nobody waits any more.
+	var s *scrape
+	if id := r.Header.Get(headerID); id != "" {
+		var refusal *reverse.Refusal
+		if s, refusal = h.take(r, id); refusal != nil {
+			reverse.Refuse(w, refusal)
+			return
+		}
+		defer s.giveUp() // Unless it has its answer.
+		_ = control.SetReadDeadline(time.Time{})
+		stop := context.AfterFunc(s.ctx, func() { _ = control.SetReadDeadline(time.Now()) })
+		defer stop()
+	}
 	resp, err := http.ReadResponse(src, nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
-	if err != nil {
+	switch {
+	case err != nil && s != nil && s.ctx.Err() != nil:
+		h.gone(w)
+		return
+	case err != nil:
 		http.Error(w, "want an HTTP response as the body", http.StatusBadRequest)
 		return
 	}
 	limited.left = -1
-	s, refusal := h.take(r, resp.Header.Get(headerID))
-	if refusal != nil {
-		reverse.Refuse(w, refusal)
-		return
+	if s == nil {
+		var refusal *reverse.Refusal
+		if s, refusal = h.take(r, resp.Header.Get(headerID)); refusal != nil {
+			reverse.Refuse(w, refusal)
+			return
+		}
 	}
 	if deadline, ok := s.ctx.Deadline(); ok {
 		_ = control.SetReadDeadline(deadline)
@@ -194,9 +214,13 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 		err = context.Canceled
 	}
 	if err != nil {
-		h.late.Inc()
-		http.Error(w, "nobody waits for this response any more", http.StatusGone)
+		h.gone(w)
 	}
+}
+
+func (h *Hub) gone(w http.ResponseWriter) {
+	h.late.Inc()
+	http.Error(w, "nobody waits for this response any more", http.StatusGone)
 }
 
 var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
@@ -494,10 +518,13 @@ func (h *Hub) lost(s *reverse.Session) {
 	defer h.mu.Unlock()
 	for _, scrape := range h.scrapes {
 		if scrape.session == s {
-			scrape.once.Do(func() { close(scrape.lost) })
+			scrape.giveUp()
 		}
 	}
 }
+
+// giveUp tells who waits for the answer that none will come.
+func (s *scrape) giveUp() { s.once.Do(func() { close(s.lost) }) }
 
 var buffers = sync.Pool{New: func() any { return &bytes.Buffer{} }}
 

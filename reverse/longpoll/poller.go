@@ -146,6 +146,7 @@ func (p *Poller) respond(ctx context.Context, a Answer) error {
 	}
 	maps.Copy(req.Header, p.Header)
 	req.Header.Del(reverse.HeaderAnnounce)
+	req.Header.Set(headerID, w.id)
 	resp, err := p.HTTP.Do(req)
 	cancel() // Of a scrape that nobody waits for.
 	if err != nil {

@@ -34,6 +34,12 @@ type line struct {
 func (l *line) park() {
 	var b [1]byte
 	for {
+		l.mu.Lock()
+		quiet := l.answer == nil
+		l.mu.Unlock()
+		if quiet {
+			awaitBytes(l.conn)
+		}
 		if _, err := l.conn.Read(b[:]); err != nil {
 			l.end()
 			return
@@ -48,9 +54,15 @@ func (l *line) park() {
 				l.end()
 				return
 			}
-			if src != nil && l.hand(src) {
-				return
+			if src != nil {
+				if l.hand(src) {
+					return
+				}
+				continue
 			}
+			// Reading the answer has made the stack larger than waiting needs it.
+			l.hub.park(l)
+			return
 		case answer != nil:
 			if l.hand(newSource(l.conn, b[0])) {
 				return
@@ -81,8 +93,8 @@ func (l *line) hand(src *source) bool {
 // a scrape that was sent after it.
 func (l *line) beaten(first byte) (*source, bool) {
 	src := newSource(l.conn, first)
-	resp, err := http.ReadResponse(&src.Reader, &http.Request{Method: http.MethodOptions}) //nolint:bodyclose // There is none, or the line ends.
-	if err != nil || resp.StatusCode/100 != 2 || resp.ContentLength != 0 {
+	last, ok := src.beaten()
+	if !ok {
 		src.release()
 		return nil, false
 	}
@@ -90,7 +102,7 @@ func (l *line) beaten(first byte) (*source, bool) {
 	l.owed = time.Time{}
 	fresh := !l.ready
 	l.ready = true
-	if l.moving || resp.Close {
+	if l.moving || last {
 		l.mu.Unlock()
 		src.release()
 		return nil, false

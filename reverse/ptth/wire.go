@@ -70,6 +70,37 @@ func (u unbuffered) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// beaten reads the answer to a heartbeat, which has a status 2xx and no body, and tells whether it
+// is the last one on the line. It allocates nothing: there are hundreds each second.
+func (s *source) beaten() (last, ok bool) {
+	line, err := s.ReadSlice('\n')
+	if err != nil || len(line) < len("HTTP/1.1 200") || !bytes.HasPrefix(line, []byte("HTTP/1.")) || line[8] != ' ' || line[9] != '2' {
+		return false, false
+	}
+	empty := string(line[9:12]) == "204"
+	for {
+		if line, err = s.ReadSlice('\n'); err != nil {
+			return false, false
+		}
+		line = bytes.TrimRight(line, "\r\n")
+		if len(line) == 0 {
+			return last, empty
+		}
+		name, value, _ := bytes.Cut(line, []byte(":"))
+		value = bytes.TrimSpace(value)
+		switch {
+		case bytes.EqualFold(name, []byte("Content-Length")):
+			if empty = string(value) == "0"; !empty {
+				return false, false
+			}
+		case bytes.EqualFold(name, []byte("Transfer-Encoding")):
+			return false, false
+		case bytes.EqualFold(name, []byte("Connection")):
+			last = last || bytes.EqualFold(value, []byte("close"))
+		}
+	}
+}
+
 // response reads the header of an answer. Those with status 1xx are skipped.
 func (s *source) response(req *http.Request) (*http.Response, error) {
 	for {
