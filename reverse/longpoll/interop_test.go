@@ -634,6 +634,7 @@ func TestPushProxClient(t *testing.T) {
 					t.Errorf("after a day /clients has %q", got)
 				}
 				p.scrape(t, site+"/metrics", "10").is(t, "after a day", http.StatusOK, "", metrics)
+				synctest.Wait()
 				if got := value(t, p.metrics, "promferry_proxy_lines", "kind", "pushprox"); got != 1 {
 					t.Errorf("%v lines, want 1", got)
 				}
@@ -1405,6 +1406,7 @@ func TestReplacedProxy(t *testing.T) {
 				h := startHub(t, x.network, "hub:8080", x.network.listen("hub:8080"), options{noUpgrade: noUpgrade})
 				pass(11 * time.Second)
 				h.scrape(t, site+"/metrics", "10").is(t, "through ours", http.StatusOK, "", metrics)
+				synctest.Wait()
 				if got := value(t, h.metrics, "promferry_proxy_lines"); got != 3 {
 					t.Errorf("%v lines to ours, want 3", got)
 				}
