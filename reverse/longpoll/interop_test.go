@@ -859,11 +859,11 @@ func TestPollsOfOurs(t *testing.T) {
 			began := time.Now()
 			conn.send(t, "POST /poll HTTP/1.1\r\nHost: hub\r\nPromferry-Session: 0123456789abcdef\r\nContent-Length: 5\r\n\r\nweb-1")
 			resp := r.response(t)
-			if took := time.Since(began); resp.StatusCode != http.StatusNoContent || took <= heartbeat/2 || took > heartbeat {
-				t.Errorf("a poll was answered %d after %v, want 204 within %v", resp.StatusCode, took, heartbeat)
+			if took := time.Since(began); resp.status != http.StatusNoContent || took <= heartbeat/2 || took > heartbeat {
+				t.Errorf("a poll was answered %d after %v, want 204 within %v", resp.status, took, heartbeat)
 			}
-			if resp.Header.Get(reverse.HeaderProxy) != "1" || resp.Header.Get(reverse.HeaderHeartbeat) != "10" {
-				t.Errorf("the answer has %v", resp.Header)
+			if resp.header.Get(reverse.HeaderProxy) != "1" || resp.header.Get(reverse.HeaderHeartbeat) != "10" {
+				t.Errorf("the answer has %v", resp.header)
 			}
 		}
 	})
@@ -892,29 +892,26 @@ func (c raw) send(t *testing.T, text string) {
 	}
 }
 
-// response reads a response with its body.
-func (r reader) response(t *testing.T) *http.Response {
+// response is one that was read to its end.
+type response struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// response reads the next response.
+func (r reader) response(t *testing.T) response {
 	t.Helper()
 	resp, err := http.ReadResponse(r.Reader, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = resp.Body.Close()
-	resp.Body = io.NopCloser(bytes.NewReader(b))
-	return resp
-}
-
-func text(t *testing.T, resp *http.Response) string {
-	t.Helper()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
+	return response{resp.StatusCode, resp.Header, string(b)}
 }
 
 // poll is what PushProx's client sends.
@@ -931,10 +928,10 @@ func push(response string) string {
 func (r reader) scraped(t *testing.T) (*http.Request, string) {
 	t.Helper()
 	resp := r.response(t)
-	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("a poll was answered %d %q", resp.StatusCode, text(t, resp))
+	if resp.status != http.StatusOK {
+		t.Fatalf("a poll was answered %d %q", resp.status, resp.body)
 	}
-	req, err := http.ReadRequest(bufio.NewReader(resp.Body))
+	req, err := http.ReadRequest(bufio.NewReader(strings.NewReader(resp.body)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -957,7 +954,7 @@ func TestRecordings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &network{}
 		h := startHub(t, n, "hub:8080", n.listen("hub:8080"), options{})
-		parse := func(text string) *http.Response {
+		parse := func(text string) response {
 			t.Helper()
 			return reader{bufio.NewReader(strings.NewReader(text))}.response(t)
 		}
@@ -1005,14 +1002,14 @@ func TestRecordings(t *testing.T) {
 			pusher, told := h.connect(t)
 			_, pushed, _ := strings.Cut(pushes[i], "\r\n\r\n")
 			pusher.send(t, push(strings.Replace(pushed, id.FindStringSubmatch(pushed)[1], issued, 1)))
-			if resp := told.response(t); resp.StatusCode != http.StatusOK || text(t, resp) != "" {
+			if resp := told.response(t); resp.status != http.StatusOK || resp.body != "" {
 				t.Errorf("%s: the push was answered %v", name, resp)
 			}
 			has, shows := got.response(t), parse(recorded(t, name+"-from-proxy.bin"))
-			if has.StatusCode != shows.StatusCode || text(t, has) != text(t, parse(recorded(t, name+"-from-proxy.bin"))) {
+			if has.status != shows.status || has.body != shows.body {
 				t.Errorf("%s: got %v, recorded %v", name, has, shows)
 			}
-			for header := range shows.Header {
+			for header := range shows.header {
 				switch header {
 				case "Connection", "X-Prometheus-Scrape-Timeout", "Content-Length": // Not the scraper's business; framing.
 				case "Date", "Content-Type": // The recorded proxy's own, where the client said none.
@@ -1021,14 +1018,14 @@ func TestRecordings(t *testing.T) {
 					}
 					fallthrough
 				default:
-					if has.Header.Get(header) != shows.Header.Get(header) {
-						t.Errorf("%s: %s is %q, recorded %q", name, header, has.Header.Get(header), shows.Header.Get(header))
+					if has.header.Get(header) != shows.header.Get(header) {
+						t.Errorf("%s: %s is %q, recorded %q", name, header, has.header.Get(header), shows.header.Get(header))
 					}
 				}
 			}
 			for _, header := range []string{"Id", "X-Prometheus-Scrape-Timeout"} {
-				if has.Header.Get(header) != "" {
-					t.Errorf("%s: the scraper gets %s: %q", name, header, has.Header.Get(header))
+				if has.header.Get(header) != "" {
+					t.Errorf("%s: the scraper gets %s: %q", name, header, has.header.Get(header))
 				}
 			}
 		}
@@ -1036,15 +1033,15 @@ func TestRecordings(t *testing.T) {
 		scraper, got := h.connect(t)
 		scraper.send(t, recorded(t, "scraper-3-to-proxy.bin"))
 		has, shows := got.response(t), parse(recorded(t, "scraper-3-from-proxy.bin"))
-		if a, b := text(t, has), text(t, shows); has.StatusCode != shows.StatusCode || a != b || has.Header.Get("Content-Type") != shows.Header.Get("Content-Type") {
-			t.Errorf("/clients: %d %q %q, recorded %d %q %q", has.StatusCode, has.Header.Get("Content-Type"), a, shows.StatusCode, shows.Header.Get("Content-Type"), b)
+		if a, b := has.body, shows.body; has.status != shows.status || a != b || has.header.Get("Content-Type") != shows.header.Get("Content-Type") {
+			t.Errorf("/clients: %d %q %q, recorded %d %q %q", has.status, has.header.Get("Content-Type"), a, shows.status, shows.header.Get("Content-Type"), b)
 		}
 
 		scraper, got = h.connect(t)
 		began := time.Now()
 		scraper.send(t, recorded(t, "scraper-2-to-proxy.bin"))
 		has = got.response(t)
-		if has.StatusCode != http.StatusNotFound || has.Header.Get(reverse.HeaderError) != "unknown_client" || !time.Now().Equal(began) {
+		if has.status != http.StatusNotFound || has.header.Get(reverse.HeaderError) != "unknown_client" || !time.Now().Equal(began) {
 			t.Errorf("a name that nobody has: %v after %v", has, time.Since(began))
 		}
 	})

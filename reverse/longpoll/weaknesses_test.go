@@ -400,8 +400,8 @@ func TestW6Authentication(t *testing.T) {
 			t.Helper()
 			conn, answers := p.connect(t)
 			conn.send(t, request)
-			if resp := answers.response(t); resp.StatusCode != status {
-				t.Errorf("%s: %d %q, want %d", what, resp.StatusCode, text(t, resp), status)
+			if resp := answers.response(t); resp.status != status {
+				t.Errorf("%s: %d %q, want %d", what, resp.status, resp.body, status)
 			}
 		}
 		said("no token", poll(name), http.StatusUnauthorized)
@@ -486,7 +486,7 @@ func TestW8Limits(t *testing.T) {
 			pass(12 * time.Second)
 			for i, end := range ends {
 				select {
-				case <-end:
+				case <-end: //nolint:errcheck // Any end will do.
 				default:
 					t.Errorf("connection %d is still there", i)
 				}
@@ -499,8 +499,8 @@ func TestW8Limits(t *testing.T) {
 			for _, bad := range []string{strings.Repeat("x", 254), strings.Repeat("x", 1100), "", "a b", "a/b", "a\nb"} {
 				conn, answers := p.connect(t)
 				conn.send(t, poll(bad))
-				if resp := answers.response(t); resp.StatusCode/100 != 4 {
-					t.Errorf("%d bytes of name: %d", len(bad), resp.StatusCode)
+				if resp := answers.response(t); resp.status/100 != 4 {
+					t.Errorf("%d bytes of name: %d", len(bad), resp.status)
 				}
 			}
 			if got := p.clients(t); got != "" {
@@ -515,8 +515,8 @@ func TestW8Limits(t *testing.T) {
 			response := "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20)
 			var sending sync.WaitGroup
 			sending.Go(func() { _, _ = io.WriteString(conn, push(response)) })
-			if resp := answers.response(t); resp.StatusCode != http.StatusBadRequest {
-				t.Errorf("status %d", resp.StatusCode)
+			if resp := answers.response(t); resp.status != http.StatusBadRequest {
+				t.Errorf("status %d", resp.status)
 			}
 			_ = conn.Close()
 			sending.Wait()
@@ -555,8 +555,8 @@ func TestW8Limits(t *testing.T) {
 				t.Errorf("%d bytes after it, %v", rest, err)
 			}
 			sending.Wait()
-			if resp := told.response(t); resp.StatusCode != http.StatusOK {
-				t.Errorf("the push was answered %d", resp.StatusCode)
+			if resp := told.response(t); resp.status != http.StatusOK {
+				t.Errorf("the push was answered %d", resp.status)
 			}
 		})
 	})
@@ -579,8 +579,8 @@ func TestW8Limits(t *testing.T) {
 			pusher.send(t, fmt.Sprintf("POST /push HTTP/1.1\r\nHost: hub\r\nTransfer-Encoding: chunked\r\n\r\n64\r\n%-100s\r\n", fmt.Sprintf("HTTP/1.1 200 OK\r\nId: %s\r\nContent-Length: %d\r\n\r\n", id, len(large))))
 			(<-got).is(t, "too large, which it says", http.StatusRequestEntityTooLarge, "too_large", "*")
 			pusher.send(t, "0\r\n\r\n")
-			if resp := told.response(t); resp.StatusCode/100 != 4 {
-				t.Errorf("the push was answered %d", resp.StatusCode)
+			if resp := told.response(t); resp.status/100 != 4 {
+				t.Errorf("the push was answered %d", resp.status)
 			}
 			if got := value(t, p.metrics, "promferry_proxy_scrapes_total", "result", "too_large"); got != 2 {
 				t.Errorf("%v scrapes counted as too large, want 2", got)
@@ -666,8 +666,8 @@ func TestW8ClientThatDoesNotRead(t *testing.T) {
 			}
 			_, answers := ours(name)
 			began := time.Now()
-			if resp := answers.response(t); resp.StatusCode != http.StatusNoContent || time.Since(began) > 2*heartbeat {
-				t.Errorf("%d after %v, want 204 within two heartbeats", resp.StatusCode, time.Since(began))
+			if resp := answers.response(t); resp.status != http.StatusNoContent || time.Since(began) > 2*heartbeat {
+				t.Errorf("%d after %v, want 204 within two heartbeats", resp.status, time.Since(began))
 			}
 		})
 	})
@@ -844,8 +844,8 @@ func TestW12LateResponses(t *testing.T) {
 		began := time.Now()
 		for range 3 { // On one connection, which stays good.
 			pusher.send(t, push("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
-			if resp := told.response(t); resp.StatusCode != http.StatusGone {
-				t.Errorf("status %d", resp.StatusCode)
+			if resp := told.response(t); resp.status != http.StatusGone {
+				t.Errorf("status %d", resp.status)
 			}
 		}
 		if took := time.Since(began); took > 0 {
@@ -932,8 +932,8 @@ func TestW12NoResponse(t *testing.T) {
 				_, id := answers.scraped(t)
 				pusher, told := p.connect(t)
 				pusher.send(t, push(line+"\r\nId: "+id+"\r\nContent-Length: 0\r\n\r\n"))
-				if resp := told.response(t); resp.StatusCode != http.StatusBadRequest {
-					t.Errorf("the push was answered %d", resp.StatusCode)
+				if resp := told.response(t); resp.status != http.StatusBadRequest {
+					t.Errorf("the push was answered %d", resp.status)
 				}
 				if a := <-got; a.err != nil || a.status/100 != 5 {
 					t.Errorf("the scraper got %v", a)
@@ -949,8 +949,8 @@ func TestW12NoResponse(t *testing.T) {
 		p := newPair(t, options{})
 		conn, answers := p.connect(t)
 		conn.send(t, "POST /poll HTTP/1.1\r\nHost: hub\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
-		if resp := answers.response(t); resp.StatusCode/100 != 4 {
-			t.Errorf("a poll with a malformed body was answered %d", resp.StatusCode)
+		if resp := answers.response(t); resp.status/100 != 4 {
+			t.Errorf("a poll with a malformed body was answered %d", resp.status)
 		}
 	})
 }
@@ -986,7 +986,7 @@ func TestW13Statuses(t *testing.T) {
 
 		conn, answers := p.connect(t)
 		conn.send(t, "CONNECT web-1:9100 HTTP/1.1\r\nHost: web-1:9100\r\n\r\n")
-		if resp := answers.response(t); resp.StatusCode != http.StatusNotImplemented || resp.Header.Get(reverse.HeaderError) != "no_tunnel" || !strings.Contains(text(t, resp), "_scheme") {
+		if resp := answers.response(t); resp.status != http.StatusNotImplemented || resp.header.Get(reverse.HeaderError) != "no_tunnel" || !strings.Contains(resp.body, "_scheme") {
 			t.Errorf("CONNECT over long-poll: %v", resp)
 		}
 		p.scrape(t, site+"/metrics", "10").is(t, "after all that", http.StatusOK, "", metrics)
