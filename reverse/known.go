@@ -138,8 +138,8 @@ func (r *Registry) settle() {
 func (r *Registry) sweep() {
 	for _, c := range r.all() {
 		c.mu.Lock()
-		for _, s := range slices.Clone(c.sessions) {
-			if s.lines == 0 && time.Since(s.empty) >= linger {
+		for i := len(c.sessions); i > 0; i-- { // end takes it out.
+			if s := c.sessions[i-1]; s.lines == 0 && time.Since(s.empty) >= linger {
 				s.end()
 			}
 		}

@@ -156,7 +156,7 @@ func (c *client) record(u *url.URL, status ScrapeStatus) {
 		}
 	}
 	if best < 0 {
-		c.lastOther = status
+		c.lastOther = &status
 		return
 	}
 	c.last[best] = status

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -125,7 +124,7 @@ type client struct {
 	announcement          *Announcement
 	order                 uint64         // of the announcement among all
 	last                  []ScrapeStatus // of each target
-	lastOther             ScrapeStatus
+	lastOther             *ScrapeStatus  // nil: none
 }
 
 // NewRegistry returns a registry with what its store knows.
@@ -337,7 +336,10 @@ func (r *Registry) status(c *client) ClientStatus {
 	defer c.mu.Unlock()
 	s := ClientStatus{
 		Name: c.name, Kind: c.kind, Version: c.version, Remote: c.remote, Connected: c.connected(),
-		Since: c.since, Goodbye: c.goodbye, Sessions: len(c.sessions), Last: c.lastOther,
+		Since: c.since, Goodbye: c.goodbye, Sessions: len(c.sessions),
+	}
+	if c.lastOther != nil {
+		s.Last = *c.lastOther
 	}
 	for _, session := range c.sessions {
 		s.Lines += session.lines
@@ -355,7 +357,11 @@ func (r *Registry) status(c *client) ClientStatus {
 func (r *Registry) all() []*client {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	return slices.Collect(maps.Values(r.clients))
+	clients := make([]*client, 0, len(r.clients))
+	for _, c := range r.clients {
+		clients = append(clients, c)
+	}
+	return clients
 }
 
 // Refuse answers a client that gets no line. What is no *Refusal is not shown.

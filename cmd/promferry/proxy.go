@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -65,7 +66,18 @@ func (k knownClients) Load() ([]byte, error) {
 	return io.ReadAll(f)
 }
 
-func (k knownClients) Save(b []byte) error { return k.dir.WriteFile(knownClientsFile, b) }
+// largeSave is from when on what saving needed is given back at once.
+const largeSave = 1 << 20
+
+func (k knownClients) Save(b []byte) error {
+	if err := k.dir.WriteFile(knownClientsFile, b); err != nil {
+		return err
+	}
+	if len(b) > largeSave {
+		debug.FreeOSMemory()
+	}
+	return nil
+}
 
 func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) error {
 	s := p.settings
@@ -230,8 +242,13 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.address.name(), err)
 		}
+		if f.config.value == "" {
+			listener = reverse.CorkListener{Listener: listener}
+		}
 		server := newServer(listener, f.config.value, longpoll.RestoreTLS(handlers[i]), d.logger)
-		server.http.ConnContext = longpoll.ConnContext
+		server.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+			return reverse.ConnContext(longpoll.ConnContext(ctx, c), c)
+		}
 		if f.config.value != "" {
 			c, err := newWebConfig(f.config.value, f.role, d.logger, registry)
 			if err != nil {
