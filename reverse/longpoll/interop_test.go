@@ -849,6 +849,28 @@ func TestPushProxClientDrops(t *testing.T) {
 	})
 }
 
+// TestOneByOne: none of many scrapes is lost between our client and our proxy, whose requests and
+// responses share connections.
+func TestOneByOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t, options{noUpgrade: true})
+		node := startNode(t, p.network, "http://hub:8080", 1)
+		pass(3 * time.Second)
+		const scrapes = 1000
+		for i := range scrapes {
+			a := p.scrape(t, site+"/metrics", "10")
+			if a.is(t, fmt.Sprint("scrape ", i), http.StatusOK, "", metrics); t.Failed() {
+				break
+			}
+		}
+		synctest.Wait()
+		p.counts(t, 0, map[string]int{"success": scrapes})
+		if got := node.failed(t); got != 0 {
+			t.Errorf("%v failures", got)
+		}
+	})
+}
+
 // TestPollsOfOurs: a poll of a client that says its session is ended before the heartbeat is
 // up, and the connection serves the next one.
 func TestPollsOfOurs(t *testing.T) {
