@@ -1,0 +1,279 @@
+package longpoll_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/promferry/promferry/reverse"
+	"github.com/promferry/promferry/reverse/longpoll"
+)
+
+const session = "K7QX2B5C6J4Z3N7M5R2T6W4Y3A"
+
+// end is a hub behind a server on pipes.
+type end struct {
+	hub      *longpoll.Hub
+	registry *reverse.Registry
+	conns    chan net.Conn
+	closed   chan struct{}
+	stop     func()
+}
+
+func (e *end) Accept() (net.Conn, error) {
+	select {
+	case c := <-e.conns:
+		return c, nil
+	case <-e.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (e *end) Close() error { return nil }
+
+func (*end) Addr() net.Addr { return &net.UnixAddr{Name: "proxy"} }
+
+func newEnd(tb testing.TB) *end {
+	tb.Helper()
+	e := &end{conns: make(chan net.Conn), closed: make(chan struct{})}
+	logger := slog.New(slog.DiscardHandler)
+	var err error
+	e.registry, err = reverse.NewRegistry(reverse.RegistryConfig{
+		MaxClients: 10, MaxLines: 10, MaxScrapes: 10, ForgetAfter: time.Hour, Settle: time.Second, Logger: logger, Registerer: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	e.hub = longpoll.NewHub(longpoll.HubConfig{Registry: e.registry, Heartbeat: 15 * time.Second, Logger: logger, Registerer: prometheus.NewRegistry()})
+	mux := http.NewServeMux()
+	mux.HandleFunc("/poll", e.hub.Poll)
+	mux.HandleFunc("/push", e.hub.Push)
+	server := &http.Server{Handler: mux, ConnContext: longpoll.ConnContext, ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { _ = server.Serve(e) })
+	running.Go(func() { _ = server.Serve(e.hub) })
+	running.Go(func() { _ = e.hub.Run(ctx) })
+	e.stop = sync.OnceFunc(func() {
+		cancel()
+		close(e.closed)
+		_ = server.Close()
+		running.Wait()
+	})
+	tb.Cleanup(e.stop)
+	return e
+}
+
+func (e *end) dial(tb testing.TB) (net.Conn, *bufio.Reader) {
+	tb.Helper()
+	ours, theirs := net.Pipe()
+	tb.Cleanup(func() { _ = ours.Close() })
+	e.conns <- theirs
+	return ours, bufio.NewReader(ours)
+}
+
+func poll(name string) string {
+	return fmt.Sprintf("POST /poll HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Length: %d\r\n\r\n%s", reverse.HeaderSession, session, len(name), name)
+}
+
+func push(body string) string {
+	return fmt.Sprintf("POST /push HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Length: %d\r\n\r\n%s", reverse.HeaderSession, session, len(body), body)
+}
+
+// scrape leases a poll and sends a scrape, and returns what comes of it.
+func (e *end) scrape(ctx context.Context, method string) (string, error) {
+	lease, err := e.registry.Lease(ctx, "web-1")
+	if err != nil {
+		return "", err
+	}
+	req := httptest.NewRequestWithContext(ctx, method, "http://web-1:9100/metrics", nil)
+	defer func() { lease.Done(req.URL, reverse.ScrapeStatus{}, false) }()
+	resp, err := lease.Line.RoundTrip(req)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	return string(b), err
+}
+
+// TestHostilePolls: a poll that is none is refused or ends, and leaves no line.
+func TestHostilePolls(t *testing.T) {
+	for name, said := range map[string]string{
+		"garbage":             "POST /poll HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n\x00\x01\x02\x03",
+		"a name beyond all":   "POST /poll HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + strings.Repeat("a", 100000),
+		"a name in chunks":    "POST /poll HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat("1000\r\n"+strings.Repeat("a", 4096)+"\r\n", 100) + "0\r\n\r\n",
+		"two polls at a time": poll("web-1") + poll("web-1"),
+		"a byte more":         poll("web-1") + "x",
+		"GET":                 "GET /poll HTTP/1.1\r\nHost: x\r\n\r\n",
+		"a session of one":    "POST /poll HTTP/1.1\r\nHost: x\r\nPromferry-Session: x\r\nContent-Length: 5\r\n\r\nweb-1",
+		"half a name":         "POST /poll HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nwe",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newEnd(t)
+				c, r := e.dial(t)
+				go func() { _, _ = io.WriteString(c, said) }()
+				ended := make(chan struct{})
+				go func() {
+					defer close(ended)
+					if resp, err := http.ReadResponse(r, nil); err == nil {
+						_ = resp.Body.Close()
+						if resp.StatusCode == http.StatusOK {
+							t.Errorf("got %s", resp.Status)
+						}
+					}
+				}()
+				select {
+				case <-ended:
+				case <-time.After(12 * time.Second):
+					t.Error("no end within 12 s")
+				}
+				_ = c.Close()
+				<-time.After(time.Second) // The server waits that long for what it does not read.
+				for _, s := range e.registry.Status().Clients {
+					if s.Lines != 0 || s.Busy != 0 {
+						t.Errorf("%d lines, %d in use", s.Lines, s.Busy)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestConnectLeavesThePoll: CONNECT over a poll gets its error, and the poll is as it was; when it
+// has ended meanwhile it is not free.
+func TestConnectLeavesThePoll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnd(t)
+		c, _ := e.dial(t)
+		_, _ = io.WriteString(c, poll("web-1"))
+		synctest.Wait()
+		lease, err := e.registry.Lease(t.Context(), "web-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Close() // The client goes while the scrape has its poll.
+		synctest.Wait()
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodConnect, "http://web-1:9100/", nil)
+		if _, err := lease.Line.RoundTrip(req); !errors.Is(err, reverse.ErrNoTunnel) && !errors.Is(err, reverse.ErrNotSent) {
+			t.Error(err)
+		}
+		lease.Done(req.URL, reverse.ScrapeStatus{}, false)
+		if s := e.registry.Status().Clients[0]; s.Lines != 0 || s.Busy != 0 {
+			t.Errorf("%d lines, %d in use", s.Lines, s.Busy)
+		}
+	})
+}
+
+// TestHostileResponses: a response that is none is an error, and none waits longer than the scrape.
+func TestHostileResponses(t *testing.T) {
+	for name, body := range map[string]string{
+		"nothing":             "",
+		"garbage":             "\x00\x01\x02\r\n\r\n",
+		"no ID":               "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+		"two lengths":         "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
+		"a length too long":   "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 4\r\n\r\nok",
+		"chunks without end":  "HTTP/1.1 200 OK\r\nId: ID\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
+		"a chunk of no size":  "HTTP/1.1 200 OK\r\nId: ID\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nok\r\n0\r\n\r\n",
+		"unknown encoding":    "HTTP/1.1 200 OK\r\nId: ID\r\nTransfer-Encoding: gzip\r\n\r\nok",
+		"an endless header":   "HTTP/1.1 200 OK\r\nId: ID\r\nA: " + strings.Repeat("b", 1_000_000),
+		"headers without end": "HTTP/1.1 200 OK\r\nId: ID\r\n" + strings.Repeat("A: b\r\n", 100_000),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newEnd(t)
+				c, r := e.dial(t)
+				_, _ = io.WriteString(c, poll("web-1"))
+				synctest.Wait()
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				defer cancel()
+				done := make(chan error)
+				go func() {
+					_, err := e.scrape(ctx, http.MethodGet)
+					done <- err
+				}()
+				resp, err := http.ReadResponse(r, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				scrape, err := http.ReadRequest(bufio.NewReader(resp.Body))
+				if err != nil {
+					t.Fatal(err)
+				}
+				c2, r2 := e.dial(t)
+				go func() { _, _ = io.WriteString(c2, push(strings.ReplaceAll(body, "ID", scrape.Header.Get("Id")))) }()
+				go func() { _, _ = io.Copy(io.Discard, r2) }()
+				began := time.Now()
+				if err := <-done; err == nil || time.Since(began) > 5*time.Second {
+					t.Errorf("%v after %v", err, time.Since(began))
+				}
+			})
+		})
+	}
+}
+
+// TestHostileProxyFloods: a proxy cannot make a client do any number of scrapes at a time.
+func TestHostileProxyFloods(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var now, most atomic.Int64
+		release := make(chan struct{})
+		p := &longpoll.Poller{
+			URL: &url.URL{Scheme: "http", Host: "proxy"}, Name: "web-1", Header: http.Header{}, Logger: slog.New(slog.DiscardHandler), Responded: func(error) {},
+			HTTP: doer(func(r *http.Request) (*http.Response, error) {
+				if strings.HasSuffix(r.URL.Path, "/push") {
+					_, _ = io.Copy(io.Discard, r.Body)
+					return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: http.NoBody}, nil
+				}
+				return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("GET http://web-1:9100/m HTTP/1.1\r\nHost: x\r\nId: a\r\n\r\n"))}, nil
+			}),
+			Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+				n := now.Add(1)
+				for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+				}
+				<-release
+				now.Add(-1)
+			}),
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		polled := make(chan struct{})
+		go func() {
+			defer close(polled)
+			for range 2000 {
+				a, err := p.Poll(ctx)
+				if err != nil {
+					return
+				}
+				p.Start(t.Context(), a)
+			}
+		}()
+		<-ctx.Done()
+		synctest.Wait()
+		if n := most.Load(); n > 256 {
+			t.Errorf("%d scrapes at a time", n)
+		}
+		close(release)
+		<-polled
+		p.Wait()
+	})
+}
+
+type doer func(*http.Request) (*http.Response, error)
+
+func (d doer) Do(r *http.Request) (*http.Response, error) { return d(r) }
