@@ -936,13 +936,13 @@ func (r reader) response(t *testing.T) response {
 	return response{resp.StatusCode, resp.Header, string(b)}
 }
 
-// poll is what PushProx's client sends.
-func poll(name string) string {
+// pollOf is what PushProx's client sends.
+func pollOf(name string) string {
 	return fmt.Sprintf("POST /poll HTTP/1.1\r\nHost: hub:8080\r\nContent-Length: %d\r\n\r\n%s", len(name), name)
 }
 
-// push is a response as PushProx's client pushes it.
-func push(response string) string {
+// pushOf is a response as PushProx's client pushes it.
+func pushOf(response string) string {
 	return fmt.Sprintf("POST /push HTTP/1.1\r\nHost: hub:8080\r\nContent-Length: %d\r\n\r\n%s", len(response), response)
 }
 
@@ -1023,7 +1023,7 @@ func TestRecordings(t *testing.T) {
 
 			pusher, told := h.connect(t)
 			_, pushed, _ := strings.Cut(pushes[i], "\r\n\r\n")
-			pusher.send(t, push(strings.Replace(pushed, id.FindStringSubmatch(pushed)[1], issued, 1)))
+			pusher.send(t, pushOf(strings.Replace(pushed, id.FindStringSubmatch(pushed)[1], issued, 1)))
 			if resp := told.response(t); resp.status != http.StatusOK || resp.body != "" {
 				t.Errorf("%s: the push was answered %v", name, resp)
 			}

@@ -134,7 +134,7 @@ func TestW3NoLeakPerVanishedClient(t *testing.T) {
 				t.Fatal(err)
 			}
 			conns[i] = conn
-			if _, err := io.WriteString(conn, poll(fmt.Sprint("pod-", from+i))); err != nil {
+			if _, err := io.WriteString(conn, pollOf(fmt.Sprint("pod-", from+i))); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -233,7 +233,7 @@ func TestW5HalfOpen(t *testing.T) {
 		})
 		synctest.Wait()
 	}
-	ours := strings.Replace(poll(name), "\r\n\r\n", "\r\nPromferry-Session: K7QX2B5C6J4Z3N7M\r\n\r\n", 1)
+	ours := strings.Replace(pollOf(name), "\r\n\r\n", "\r\nPromferry-Session: K7QX2B5C6J4Z3N7M\r\n\r\n", 1)
 	for what, tc := range map[string]struct {
 		from string
 		ours bool
@@ -251,7 +251,7 @@ func TestW5HalfOpen(t *testing.T) {
 					dead(t, p, tc.from, strings.Replace(ours, "K7QX", "AAAA", 1))
 					startNode(t, p.network, "http://hub:8080", 3)
 				} else {
-					dead(t, p, tc.from, poll(name))
+					dead(t, p, tc.from, pollOf(name))
 					run(t, p.client)
 				}
 				pass(3 * time.Second)
@@ -404,21 +404,21 @@ func TestW6Authentication(t *testing.T) {
 				t.Errorf("%s: %d %q, want %d", what, resp.status, resp.body, status)
 			}
 		}
-		said("no token", poll(name), http.StatusUnauthorized)
-		said("a wrong token", bearer(poll(name), strings.Repeat("wrong-token-", 3)), http.StatusUnauthorized)
-		said("another client's token", bearer(poll(name), other), http.StatusForbidden)
+		said("no token", pollOf(name), http.StatusUnauthorized)
+		said("a wrong token", bearer(pollOf(name), strings.Repeat("wrong-token-", 3)), http.StatusUnauthorized)
+		said("another client's token", bearer(pollOf(name), other), http.StatusForbidden)
 		p.scrape(t, site+"/metrics", "10").is(t, "nobody was let in", http.StatusNotFound, "unknown_client", "*")
 
 		conn, answers := p.connect(t)
-		conn.send(t, bearer(poll(name), right))
+		conn.send(t, bearer(pollOf(name), right))
 		synctest.Wait()
 		got := p.begin(t, site+"/metrics", "10")
 		_, id := answers.scraped(t)
-		forged := push("HTTP/1.1 200 OK\r\nId: " + id + "\r\nContent-Length: 11\r\n\r\nforged 666\n")
+		forged := pushOf("HTTP/1.1 200 OK\r\nId: " + id + "\r\nContent-Length: 11\r\n\r\nforged 666\n")
 		said("a push without a token", forged, http.StatusUnauthorized)
 		said("a push by another client", bearer(forged, other), http.StatusForbidden)
 		said("a push in another's name", strings.Replace(bearer(forged, other), "\r\n\r\n", "\r\nPromferry-Client: db-1\r\n\r\n", 1), http.StatusForbidden)
-		said("the client's push", bearer(push("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 7\r\n\r\ngood 1\n"), right), http.StatusOK)
+		said("the client's push", bearer(pushOf("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 7\r\n\r\ngood 1\n"), right), http.StatusOK)
 		(<-got).is(t, "the scrape", http.StatusOK, "", "good 1\n")
 	})
 	// With the token in the URL, as a password: this is how PushProx's client can have one.
@@ -498,7 +498,7 @@ func TestW8Limits(t *testing.T) {
 			p := newPair(t, options{})
 			for _, bad := range []string{strings.Repeat("x", 254), strings.Repeat("x", 1100), "", "a b", "a/b", "a\nb"} {
 				conn, answers := p.connect(t)
-				conn.send(t, poll(bad))
+				conn.send(t, pollOf(bad))
 				if resp := answers.response(t); resp.status/100 != 4 {
 					t.Errorf("%d bytes of name: %d", len(bad), resp.status)
 				}
@@ -514,7 +514,7 @@ func TestW8Limits(t *testing.T) {
 			conn, answers := p.connect(t)
 			response := "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20)
 			var sending sync.WaitGroup
-			sending.Go(func() { _, _ = io.WriteString(conn, push(response)) })
+			sending.Go(func() { _, _ = io.WriteString(conn, pushOf(response)) })
 			if resp := answers.response(t); resp.status != http.StatusBadRequest {
 				t.Errorf("status %d", resp.status)
 			}
@@ -526,7 +526,7 @@ func TestW8Limits(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			p := newPair(t, options{})
 			conn, answers := p.connect(t)
-			conn.send(t, poll(name))
+			conn.send(t, pollOf(name))
 			synctest.Wait()
 			scraper, got := p.connect(t)
 			scraper.send(t, "GET "+site+"/metrics HTTP/1.1\r\nHost: web-1:9100\r\n\r\n")
@@ -535,7 +535,7 @@ func TestW8Limits(t *testing.T) {
 			response := "HTTP/1.1 200 OK\r\nId: " + id + fmt.Sprintf("\r\nContent-Length: %d\r\n\r\n", 2*len(half)) + half + half
 			pusher, told := p.connect(t)
 			var sending sync.WaitGroup
-			whole := push(response)
+			whole := pushOf(response)
 			more := make(chan struct{})
 			sending.Go(func() {
 				_, _ = io.WriteString(pusher, whole[:len(whole)-len(half)])
@@ -571,7 +571,7 @@ func TestW8Limits(t *testing.T) {
 			}
 			p.scrape(t, site+"/metrics", "10").is(t, "the next one", http.StatusOK, "", metrics)
 			conn, answers := p.connect(t)
-			conn.send(t, poll("web-2"))
+			conn.send(t, pollOf("web-2"))
 			synctest.Wait()
 			got := p.begin(t, "http://web-2:9100/", "10")
 			_, id := answers.scraped(t)
@@ -609,7 +609,7 @@ func TestW8Limits(t *testing.T) {
 			return m.TotalAlloc
 		}
 		conn, answers := h.connect(t)
-		conn.send(t, poll(name))
+		conn.send(t, pollOf(name))
 		until(t, "the poll is there", func() bool { return value(t, h.metrics, "promferry_proxy_lines") == 1 })
 		scraper, got := h.connect(t)
 		scraper.send(t, "GET "+site+"/metrics HTTP/1.1\r\nHost: web-1:9100\r\n\r\n")
@@ -644,7 +644,7 @@ func TestW8ClientThatDoesNotRead(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			p := newPair(t, options{})
 			conn, _ := p.connect(t)
-			conn.send(t, poll(name))
+			conn.send(t, pollOf(name))
 			synctest.Wait()
 			a := p.scrape(t, site+"/metrics", "10")
 			if a.err != nil || a.status/100 != 5 {
@@ -658,7 +658,7 @@ func TestW8ClientThatDoesNotRead(t *testing.T) {
 			p := newPair(t, options{})
 			ours := func(name string) (raw, reader) {
 				conn, answers := p.connect(t)
-				conn.send(t, strings.Replace(poll(name), "\r\n\r\n", "\r\nPromferry-Session: K7QX2B5C6J4Z3N7M\r\n\r\n", 1))
+				conn.send(t, strings.Replace(pollOf(name), "\r\n\r\n", "\r\nPromferry-Session: K7QX2B5C6J4Z3N7M\r\n\r\n", 1))
 				return conn, answers
 			}
 			for i := range 20 {
@@ -835,7 +835,7 @@ func TestW12LateResponses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t, options{})
 		conn, answers := p.connect(t)
-		conn.send(t, poll(name))
+		conn.send(t, pollOf(name))
 		synctest.Wait()
 		got := p.begin(t, site+"/metrics", "2")
 		_, id := answers.scraped(t)
@@ -843,7 +843,7 @@ func TestW12LateResponses(t *testing.T) {
 		pusher, told := p.connect(t)
 		began := time.Now()
 		for range 3 { // On one connection, which stays good.
-			pusher.send(t, push("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
+			pusher.send(t, pushOf("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
 			if resp := told.response(t); resp.status != http.StatusGone {
 				t.Errorf("status %d", resp.status)
 			}
@@ -926,12 +926,12 @@ func TestW12NoResponse(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := newPair(t, options{level: slog.LevelDebug})
 				conn, answers := p.connect(t)
-				conn.send(t, poll(name))
+				conn.send(t, pollOf(name))
 				synctest.Wait()
 				got := p.begin(t, site+"/metrics", "2")
 				_, id := answers.scraped(t)
 				pusher, told := p.connect(t)
-				pusher.send(t, push(line+"\r\nId: "+id+"\r\nContent-Length: 0\r\n\r\n"))
+				pusher.send(t, pushOf(line+"\r\nId: "+id+"\r\nContent-Length: 0\r\n\r\n"))
 				if resp := told.response(t); resp.status != http.StatusBadRequest {
 					t.Errorf("the push was answered %d", resp.status)
 				}
@@ -1186,7 +1186,7 @@ func TestW18Memory(t *testing.T) {
 				t.Fatal(err)
 			}
 			conns = append(conns, conn)
-			if _, err := io.WriteString(conn, poll(fmt.Sprintf("host-%d.example.org", len(conns)))); err != nil {
+			if _, err := io.WriteString(conn, pollOf(fmt.Sprintf("host-%d.example.org", len(conns)))); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -1216,7 +1216,7 @@ func TestW8HalfAnAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPair(t, options{})
 		conn, _ := p.connect(t)
-		conn.send(t, poll(name))
+		conn.send(t, pollOf(name))
 		synctest.Wait()
 		got := p.begin(t, site+"/metrics", "10")
 		said := ""
@@ -1229,7 +1229,7 @@ func TestW8HalfAnAnswer(t *testing.T) {
 		}
 		_, id, _ := strings.Cut(strings.TrimSpace(said), "\nId: ")
 		pusher, told := p.connect(t)
-		pusher.send(t, push("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
+		pusher.send(t, pushOf("HTTP/1.1 200 OK\r\nId: "+id+"\r\nContent-Length: 2\r\n\r\n1\n"))
 		synctest.Wait()
 		_ = conn.Close()
 		done := make(chan int, 1)
