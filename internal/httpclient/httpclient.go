@@ -135,6 +135,9 @@ func (c *Client) Do(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
+// CloseIdleConnections closes connections that no request uses.
+func (c *Client) CloseIdleConnections() { c.current.Load().CloseIdleConnections() }
+
 // IsTimeout tells whether err, of a request with ctx, means that the time was up.
 func IsTimeout(ctx context.Context, err error) bool {
 	ne, ok := errors.AsType[net.Error](err)

@@ -159,7 +159,15 @@ func (l *Link) longPoll(ctx context.Context, known bool) {
 	if known {
 		isOurs()
 	}
-	poll := func() { l.poll(ctx, scrapes, p, isOurs) }
+	poll := func() {
+		l.poll(ctx, scrapes, p, isOurs, func() {
+			select {
+			case <-ours:
+				stop() // Another proxy has come in its place.
+			default:
+			}
+		})
+	}
 	polling.Go(poll)
 	polling.Go(func() {
 		select {
@@ -192,7 +200,7 @@ func (l *Link) longPoll(ctx context.Context, known bool) {
 }
 
 // poll keeps one poll open until ctx ends.
-func (l *Link) poll(ctx, scrapes context.Context, p *longpoll.Poller, ours func()) {
+func (l *Link) poll(ctx, scrapes context.Context, p *longpoll.Poller, ours, theirs func()) {
 	connected := false
 	up := func() {
 		l.mu.Lock()
@@ -233,6 +241,8 @@ func (l *Link) poll(ctx, scrapes context.Context, p *longpoll.Poller, ours func(
 			up()
 			if heartbeat = a.Heartbeat; heartbeat > 0 {
 				ours()
+			} else {
+				theirs()
 			}
 			p.Start(scrapes, a)
 			held := heldAfter
@@ -250,6 +260,9 @@ func (l *Link) poll(ctx, scrapes context.Context, p *longpoll.Poller, ours func(
 			}
 		}
 		down(err)
+		if c, ok := l.cfg.HTTP.(interface{ CloseIdleConnections() }); ok {
+			c.CloseIdleConnections() // They may be as dead.
+		}
 		_ = l.failed(ctx, err)
 		delay = l.delay(attempt, err)
 		attempt++
@@ -436,7 +449,7 @@ func (l *Link) failed(ctx context.Context, err error) error {
 	defer l.mu.Unlock()
 	reason := "connect"
 	switch refusal, refused := errors.AsType[*reverse.Refusal](err); {
-	case errors.Is(err, ptth.ErrNoPTTH):
+	case errors.Is(err, ptth.ErrNoPTTH) && l.kind == reverse.KindPTTH:
 		return err
 	case errors.Is(err, ptth.ErrSilent):
 		if l.silent++; l.silent >= maxSilent {

@@ -69,6 +69,7 @@ type Hub struct {
 
 	mu      sync.Mutex
 	closed  bool
+	newest  map[*reverse.Session]*poll
 	polls   map[*poll]struct{}
 	scrapes map[string]*scrape
 	parking sync.WaitGroup
@@ -79,7 +80,7 @@ func NewHub(cfg HubConfig) *Hub {
 	h := &Hub{
 		cfg: cfg, heartbeat: strconv.FormatFloat(cfg.Heartbeat.Seconds(), 'f', -1, 64),
 		back: make(chan net.Conn), closing: make(chan struct{}),
-		polls: make(map[*poll]struct{}), scrapes: make(map[string]*scrape),
+		polls: make(map[*poll]struct{}), newest: make(map[*reverse.Session]*poll), scrapes: make(map[string]*scrape),
 		late: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "promferry_proxy_late_responses_total", Help: "Responses of long-poll clients that nobody waited for any more.",
 		}),
@@ -152,6 +153,14 @@ func (h *Hub) park(p *poll) {
 		_ = p.conn.Close()
 	}
 	h.polls[p] = struct{}{}
+	if !p.ours {
+		// PushProx's client has one poll at a time: an older one is a dead connection's, or that of
+		// another client of this name, and is not used while there is this one.
+		if p.older = h.newest[p.session]; p.older != nil {
+			p.session.Take(p.older)
+		}
+		h.newest[p.session] = p
+	}
 	p.session.Free(p) // Before anybody can see that it ends.
 	h.parking.Go(p.park)
 }
@@ -181,15 +190,24 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 		}
 		defer s.giveUp() // Unless it has its answer.
 		_ = control.SetReadDeadline(time.Time{})
-		stop := context.AfterFunc(s.ctx, func() { _ = control.SetReadDeadline(time.Now()) })
-		defer stop()
+		interrupted := make(chan struct{})
+		stop := context.AfterFunc(s.ctx, func() {
+			defer close(interrupted)
+			_ = control.SetReadDeadline(time.Now())
+		})
+		defer func() {
+			if !stop() {
+				<-interrupted                                            // Later, it would be the connection's next request that it ends.
+				_ = control.SetReadDeadline(time.Now().Add(readTimeout)) // For what is left of the body.
+			}
+		}()
 	}
-	resp, err := http.ReadResponse(src, nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
+	resp, err := http.ReadResponse(asHTTP11(src), nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
 	switch {
 	case err != nil && s != nil && s.ctx.Err() != nil:
 		h.gone(w)
 		return
-	case err != nil:
+	case err != nil || resp.StatusCode < http.StatusOK:
 		http.Error(w, "want an HTTP response as the body", http.StatusBadRequest)
 		return
 	}
@@ -209,20 +227,42 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	}
 	body := &pushed{ReadCloser: resp.Body, done: make(chan error, 1)}
 	resp.Body = body
+	if s.method == http.MethodHead {
+		body.end(nil)
+	}
 	s.answer <- resp
 	select {
 	case err = <-body.done:
-	case <-s.done: // Whoever scraped has gone.
-		err = context.Canceled
+	case <-s.done:
+		select {
+		case err = <-body.done:
+		default: // Whoever scraped has gone.
+			err = context.Canceled
+		}
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, context.Canceled):
 		h.gone(w)
+	case err != nil:
+		http.Error(w, "the response broke off", http.StatusBadRequest)
 	}
 }
 
 func (h *Hub) gone(w http.ResponseWriter) {
 	h.late.Inc()
 	http.Error(w, "nobody waits for this response any more", http.StatusGone)
+}
+
+// asHTTP11 returns src with what it says of its version replaced: PushProx's client says 0.0 of
+// its own answers, and with 1.0 chunks would not be read.
+func asHTTP11(src *bufio.Reader) *bufio.Reader {
+	const version = "HTTP/1.1"
+	said, err := src.Peek(len(version))
+	if err != nil || string(said) == version || string(said[:5]) != version[:5] {
+		return src
+	}
+	_, _ = src.Discard(len(version))
+	return bufio.NewReader(io.MultiReader(strings.NewReader(version), src))
 }
 
 var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
@@ -317,7 +357,7 @@ func (h *Hub) Run(ctx context.Context) error {
 		case <-tick.C:
 			for _, p := range h.all() {
 				if p.ours && time.Since(p.began) >= h.cfg.Heartbeat*7/8 {
-					p.finish("HTTP/1.1 204 No Content\r\n" + h.headers() + "\r\n")
+					h.parking.Go(func() { p.finish("HTTP/1.1 204 No Content\r\n" + h.headers() + "\r\n") })
 				}
 			}
 		case <-ctx.Done():
@@ -434,6 +474,8 @@ type poll struct {
 	conn    net.Conn
 	ours    bool
 	began   time.Time
+	older   *poll // of the same session, where it is not ours
+	gone    bool
 
 	mu       sync.Mutex
 	answered bool
@@ -445,6 +487,7 @@ func (p *poll) park() {
 	_, err := p.conn.Read(b[:])
 	p.hub.mu.Lock()
 	delete(p.hub.polls, p)
+	next := p.hub.ended(p)
 	p.hub.mu.Unlock()
 	p.mu.Lock()
 	answered := p.answered
@@ -454,14 +497,18 @@ func (p *poll) park() {
 		// The client went away, or spoke without waiting.
 		_ = p.conn.Close()
 		p.session.Leave(p)
-		p.hub.lost(p.session)
+		if next != nil {
+			next.giveBack()
+		} else {
+			p.hub.lost(p.session)
+		}
 		return
 	}
 	if err != nil {
 		_ = p.conn.Close()
 		return
 	}
-	_ = p.conn.SetReadDeadline(time.Time{})
+	_ = p.conn.SetDeadline(time.Time{})
 	conn := p.conn
 	if _, ok := conn.(*returned); ok {
 		conn = conn.(*returned).Conn // It has given its byte long ago.
@@ -473,6 +520,26 @@ func (p *poll) park() {
 	}
 }
 
+// ended takes a poll out of the chain of those of its session, and returns the one that is the
+// newest now, if it was that. The hub's lock is held.
+func (h *Hub) ended(p *poll) *poll {
+	p.gone = true
+	if h.newest[p.session] != p {
+		return nil
+	}
+	next := p.older
+	for next != nil && next.gone {
+		next = next.older
+	}
+	p.older = nil
+	if next == nil {
+		delete(h.newest, p.session)
+		return nil
+	}
+	h.newest[p.session] = next
+	return next
+}
+
 // answer makes the poll's answer ours to write; false means that it is too late.
 func (p *poll) answer() bool {
 	p.mu.Lock()
@@ -482,6 +549,7 @@ func (p *poll) answer() bool {
 	}
 	p.answered = true
 	_ = p.conn.SetReadDeadline(time.Now().Add(idleTimeout))
+	_ = p.conn.SetWriteDeadline(time.Now().Add(time.Second)) // It is some bytes, for which there is room.
 	return true
 }
 
@@ -500,8 +568,6 @@ func (p *poll) finish(text string) {
 		return
 	}
 	p.session.Leave(p)
-	_ = p.conn.SetWriteDeadline(time.Now().Add(time.Second)) // It is some bytes.
-	defer func() { _ = p.conn.SetWriteDeadline(time.Time{}) }()
 	if _, err := io.WriteString(p.conn, text); err != nil {
 		_ = p.conn.Close()
 	}
@@ -568,6 +634,7 @@ func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 	p.session.Leave(p)
 	if err != nil {
 		end()
+		close(s.done)
 		_ = p.conn.Close()
 		return nil, reverse.ErrNotSent // Half an answer holds no scrape.
 	}
@@ -617,10 +684,6 @@ func (p *poll) send(req *http.Request, id string) error {
 	head := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n%s\r\n", buf.Len(), extra)
 	// One write, one packet.
 	whole := append([]byte(head), buf.Bytes()...)
-	if deadline, ok := req.Context().Deadline(); ok { // A client that does not read holds nobody.
-		_ = p.conn.SetWriteDeadline(deadline)
-		defer func() { _ = p.conn.SetWriteDeadline(time.Time{}) }()
-	}
 	_, err := p.conn.Write(whole)
 	return err
 }

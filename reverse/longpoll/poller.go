@@ -2,6 +2,7 @@ package longpoll
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -122,8 +123,8 @@ func (p *Poller) Wait() { p.inFlight.Wait() }
 func (p *Poller) respond(ctx context.Context, a Answer) error {
 	scrape := a.scrape
 	limit := defaultScrape
-	if seconds, err := strconv.ParseFloat(scrape.Header.Get(reverse.HeaderTimeout), 64); err == nil && seconds > 0 && seconds < maxScrape.Seconds() {
-		limit = time.Duration(seconds * float64(time.Second))
+	if seconds, err := strconv.ParseFloat(scrape.Header.Get(reverse.HeaderTimeout), 64); err == nil && seconds > 0 {
+		limit = time.Duration(min(seconds, maxScrape.Seconds()) * float64(time.Second))
 	}
 	if a.Heartbeat == 0 {
 		// PushProx's proxy waits no longer than what it says: leave time to tell it.
@@ -133,8 +134,11 @@ func (p *Poller) respond(ctx context.Context, a Answer) error {
 	// What is said about a target that was too slow takes a moment as well.
 	ctx, cancel := context.WithTimeout(ctx, limit+time.Second)
 	defer cancel()
+	if a.Heartbeat == 0 {
+		return p.push(ctx, a, p.collect(ctx, scrape))
+	}
 	body, to := io.Pipe()
-	w := &responder{to: bufio.NewWriterSize(to, 4<<10), id: scrape.Header.Get(headerID), header: make(http.Header), head: scrape.Method == http.MethodHead}
+	w := &responder{to: bufio.NewWriterSize(to, 4<<10), id: lastOf(scrape.Header[headerID]), header: make(http.Header), head: scrape.Method == http.MethodHead}
 	var answering sync.WaitGroup
 	answering.Go(func() {
 		defer func() {
@@ -151,15 +155,21 @@ func (p *Poller) respond(ctx context.Context, a Answer) error {
 	})
 	defer answering.Wait()
 	defer func() { _ = body.Close() }()
+	err := p.push(ctx, a, body)
+	cancel() // Of a scrape that nobody waits for.
+	return err
+}
+
+// push sends a response, which is read from body as it comes.
+func (p *Poller) push(ctx context.Context, a Answer, body io.Reader) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, ptth.Endpoint(p.URL, "/push"), body)
 	if err != nil {
 		return errors.New("the URL makes no request")
 	}
 	maps.Copy(req.Header, p.Header)
 	req.Header.Del(reverse.HeaderAnnounce)
-	req.Header.Set(headerID, w.id)
+	req.Header.Set(headerID, lastOf(a.scrape.Header[headerID]))
 	resp, err := p.HTTP.Do(req)
-	cancel() // Of a scrape that nobody waits for.
 	if err != nil {
 		return err
 	}
@@ -169,6 +179,36 @@ func (p *Poller) respond(ctx context.Context, a Answer) error {
 	}
 	return nil
 }
+
+// collect answers a scrape of PushProx's proxy, which holds it in memory as well, and takes a
+// response that breaks off for whole: it gets only what has come to its end.
+func (p *Poller) collect(ctx context.Context, scrape *http.Request) io.Reader {
+	var text bytes.Buffer
+	w := &responder{
+		to: bufio.NewWriter(&text), id: lastOf(scrape.Header[headerID]), header: make(http.Header), head: scrape.Method == http.MethodHead,
+		held: &bytes.Buffer{},
+	}
+	whole := func() (whole bool) {
+		defer func() {
+			if failed := recover(); failed != nil && failed != http.ErrAbortHandler { //nolint:errorlint // As above.
+				panic(failed)
+			}
+		}()
+		p.Handler.ServeHTTP(w, scrape.WithContext(ctx))
+		return true
+	}()
+	if !whole || w.held.Len() > maxHeld {
+		w = &responder{to: w.to, id: w.id, header: make(http.Header), head: w.head, held: &bytes.Buffer{}}
+		w.header.Set("Content-Type", "text/plain; charset=utf-8")
+		w.WriteHeader(http.StatusBadGateway)
+		_, _ = io.WriteString(w, "the answer of the target broke off\n")
+	}
+	w.flush()
+	return &text
+}
+
+// maxHeld is how large an answer may be that is collected, in bytes.
+const maxHeld = 256 << 20
 
 // How long a scrape may take at most, and one that does not say it: PushProx's defaults.
 const (
@@ -185,6 +225,8 @@ type responder struct {
 	wrote  bool
 	body   io.Writer
 	chunks io.WriteCloser // nil when the length is known
+	held   *bytes.Buffer  // the body, where it is collected
+	status int
 }
 
 func (w *responder) Header() http.Header { return w.header }
@@ -193,7 +235,15 @@ func (w *responder) WriteHeader(status int) {
 	if w.wrote {
 		return
 	}
-	w.wrote = true
+	w.wrote, w.status = true, status
+	if w.held == nil {
+		w.start()
+	}
+}
+
+// start writes what comes before the body.
+func (w *responder) start() {
+	status := w.status
 	fmt.Fprintf(w.to, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
 	w.header.Set(headerID, w.id)
 	// For PushProx's proxy, which else waits 15 s for somebody to take the response.
@@ -213,7 +263,24 @@ func (w *responder) Write(b []byte) (int, error) {
 	if w.head {
 		return len(b), nil
 	}
+	if w.held != nil {
+		if w.held.Len() > maxHeld {
+			return 0, errors.New("too large")
+		}
+		return w.held.Write(b)
+	}
 	return w.body.Write(b)
+}
+
+// flush writes an answer that was collected.
+func (w *responder) flush() {
+	w.WriteHeader(http.StatusOK)
+	if !w.head && w.status != http.StatusNoContent && w.status != http.StatusNotModified {
+		w.header.Set("Content-Length", strconv.Itoa(w.held.Len()))
+	}
+	w.start()
+	_, _ = w.to.Write(w.held.Bytes())
+	_ = w.to.Flush()
 }
 
 // end completes the answer.
@@ -227,4 +294,12 @@ func (w *responder) end() error {
 		return err
 	}
 	return io.EOF
+}
+
+// lastOf returns the last value: PushProx's proxy adds its Id after one that the scraper sent.
+func lastOf(values []string) string {
+	if len(values) == 0 {
+		return ""
+	}
+	return values[len(values)-1]
 }
