@@ -308,7 +308,7 @@ func TestHubStopsWithAnswersOnTheirWay(t *testing.T) {
 				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 			}
 		}()
-		resp, err := lease.Line.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://web-1:9100/metrics", nil))
+		resp, err := lease.Line.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://web-1:9100/metrics", nil)) //nolint:bodyclose // It is, below.
 		if err != nil {
 			t.Fatal(err)
 		}
