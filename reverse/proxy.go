@@ -272,7 +272,9 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		}
 		header[HeaderError] = []string{said}
 	}
+	uncork := cork(r)
 	n, sent, err := passOn(w, r, resp, p.cfg.MaxBytes)
+	uncork()
 	p.metrics.bytes.Add(float64(n))
 	switch {
 	case err != nil:
@@ -363,6 +365,7 @@ func (p *Proxy) tunnel(w http.ResponseWriter, resp *http.Response, grant Grant) 
 	if err != nil {
 		return &failure{status: http.StatusBadGateway, result: "bad_request", text: "CONNECT needs HTTP/1.1"}
 	}
+	conn = Uncorked(conn)
 	if _, err := io.WriteString(conn, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
 		_ = conn.Close()
 		return &failure{result: "canceled", whole: true}

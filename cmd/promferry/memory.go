@@ -12,7 +12,7 @@ const (
 	// heapRoom is how much may be allocated between two garbage collections where little is
 	// alive: with Go's own minimum, 4 MiB, a busy proxy with few clients collects a hundred times
 	// a second, and needs a fifth more CPU time (bench).
-	heapRoom = 16 << 20
+	heapRoom = 8 << 20
 	// memoryEvery is how often memory that is free is given back to the system. The collection
 	// that goes with it takes some 20 ms of CPU time with 10,000 clients.
 	memoryEvery = 10 * time.Second

@@ -242,8 +242,13 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.address.name(), err)
 		}
+		if f.config.value == "" {
+			listener = reverse.CorkListener{Listener: listener}
+		}
 		server := newServer(listener, f.config.value, longpoll.RestoreTLS(handlers[i]), d.logger)
-		server.http.ConnContext = longpoll.ConnContext
+		server.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+			return reverse.ConnContext(longpoll.ConnContext(ctx, c), c)
+		}
 		if f.config.value != "" {
 			c, err := newWebConfig(f.config.value, f.role, d.logger, registry)
 			if err != nil {

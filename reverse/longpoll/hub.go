@@ -127,7 +127,7 @@ func (h *Hub) Poll(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
-	p.conn = conn
+	p.conn = reverse.Uncorked(conn)
 	h.park(p)
 }
 

@@ -37,6 +37,7 @@ type Hub struct {
 	cfg       HubConfig
 	heartbeat string // in seconds
 	halfOpen  prometheus.Counter
+	began     time.Time
 
 	mu      sync.Mutex
 	lines   map[*line]struct{}
@@ -47,7 +48,7 @@ type Hub struct {
 // NewHub returns a hub.
 func NewHub(cfg HubConfig) *Hub {
 	h := &Hub{
-		cfg: cfg, heartbeat: strconv.FormatFloat(cfg.Heartbeat.Seconds(), 'f', -1, 64), lines: make(map[*line]struct{}),
+		cfg: cfg, heartbeat: strconv.FormatFloat(cfg.Heartbeat.Seconds(), 'f', -1, 64), lines: make(map[*line]struct{}), began: time.Now(),
 		halfOpen: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "promferry_proxy_half_open_lines_total", Help: "Lines that were closed because a heartbeat was not answered.",
 		}),
@@ -98,7 +99,7 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = conn.Close()
 		return
 	}
-	l.conn = conn
+	l.conn = reverse.Uncorked(conn)
 	h.start(l)
 }
 
@@ -109,11 +110,14 @@ func (h *Hub) start(l *line) {
 	h.mu.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.owed = time.Now()
+	l.owed = h.now()
 	l.write("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + Protocol + "\r\n" +
 		reverse.HeaderProxy + ": 1\r\n" + reverse.HeaderHeartbeat + ": " + h.heartbeat + "\r\n\r\n" + heartbeat)
 	h.park(l)
 }
+
+// now returns the time since the hub's start, never zero.
+func (h *Hub) now() time.Duration { return time.Since(h.began) + 1 }
 
 // park lets the line wait for what comes.
 func (h *Hub) park(l *line) {

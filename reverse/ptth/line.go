@@ -25,9 +25,10 @@ type line struct {
 	inUse  bool // a scrape has it
 	moving bool // it is to end
 	closed bool
-	owed   time.Time    // when a heartbeat was sent that is not answered; zero: none
-	last   time.Time    // when something was sent
-	answer chan *source // where the scrape that has the line waits for its answer
+	// Times are those since the hub's start: there are many lines.
+	owed   time.Duration // when a heartbeat was sent that is not answered; zero: none
+	last   time.Duration // when something was sent
+	answer chan *source  // where the scrape that has the line waits for its answer
 }
 
 // park waits for the first byte of an answer, or the end of the line.
@@ -45,7 +46,7 @@ func (l *line) park() {
 			return
 		}
 		l.mu.Lock()
-		owed, answer := !l.owed.IsZero(), l.answer
+		owed, answer := l.owed != 0, l.answer
 		l.mu.Unlock()
 		switch {
 		case owed:
@@ -99,7 +100,7 @@ func (l *line) beaten(first byte) (*source, bool) {
 		return nil, false
 	}
 	l.mu.Lock()
-	l.owed = time.Time{}
+	l.owed = 0
 	fresh := !l.ready
 	l.ready = true
 	if l.moving || last {
@@ -125,21 +126,21 @@ func (l *line) beat() {
 	defer l.mu.Unlock()
 	switch {
 	case l.closed:
-	case !l.owed.IsZero():
-		if time.Since(l.owed) >= interval {
+	case l.owed != 0:
+		if l.hub.now()-l.owed >= interval {
 			l.hub.halfOpen.Inc()
 			l.hub.cfg.Logger.Debug("Line does not answer its heartbeat", "client", l.session.Name())
 			_ = l.conn.Close()
 		}
-	case l.ready && !l.inUse && !l.moving && time.Since(l.last) >= interval*3/4:
-		l.owed = time.Now()
+	case l.ready && !l.inUse && !l.moving && l.hub.now()-l.last >= interval*3/4:
+		l.owed = l.hub.now()
 		l.write(heartbeat)
 	}
 }
 
 // write sends something short. What goes wrong with it, park sees.
 func (l *line) write(s string) {
-	l.last = time.Now()
+	l.last = l.hub.now()
 	_, _ = io.WriteString(l.conn, s)
 }
 
@@ -150,7 +151,7 @@ func (l *line) move() {
 	defer l.mu.Unlock()
 	l.moving = true
 	if idle {
-		l.owed = time.Now()
+		l.owed = l.hub.now()
 		l.write(move)
 	} else if !l.inUse {
 		_ = l.conn.Close()
@@ -191,7 +192,7 @@ func (l *line) release() {
 	l.inUse = false
 	moving := l.moving
 	if moving {
-		l.owed = time.Now()
+		l.owed = l.hub.now()
 		l.write(move)
 	}
 	l.mu.Unlock()
@@ -209,7 +210,7 @@ func (l *line) RoundTrip(req *http.Request) (*http.Response, error) {
 		l.mu.Unlock()
 		return nil, reverse.ErrNotSent
 	}
-	l.inUse, l.answer, l.last = true, answer, time.Now()
+	l.inUse, l.answer, l.last = true, answer, l.hub.now()
 	l.mu.Unlock()
 
 	ctx := req.Context()
