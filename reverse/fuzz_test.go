@@ -133,7 +133,8 @@ func FuzzScrapeAtClient(f *testing.F) {
 		c := reverse.NewClient(reverse.ClientConfig{
 			Name: "web-1", HTTP: check, OwnHTTP: check, Dial: dial, DialOwn: dial, MaxBytes: 100, TunnelIdle: time.Second,
 			Targets: []reverse.PullTarget{
-				{Job: "node", URL: mustParse("http://127.0.0.1:9100/metrics")}, {Job: "probe", URL: mustParse("http://127.0.0.1:9115/probe?module=a")},
+				{Job: "node", URL: mustParse("http://127.0.0.1:9100/metrics")},
+				{Job: "probe", URL: mustParse("http://127.0.0.1:9115/probe?module=a")},
 				{Job: "tls", URL: mustParse("https://10.0.0.1:8443/m")},
 			},
 			Allow: []reverse.Allowance{{Port: 9200, Path: "/health"}}, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),

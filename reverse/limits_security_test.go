@@ -555,15 +555,15 @@ type blackHole struct {
 
 func (h *blackHole) swallow() { h.lost.Store(true) }
 
-func (h *blackHole) dial(ctx context.Context, network, address string) (net.Conn, error) {
+func (h *blackHole) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	if h.lost.Load() {
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}
 	ours, theirs := net.Pipe()
 	select {
-	case h.conns <- pipeConn{&swallowed{Conn: theirs, hole: h, closed: make(chan struct{})}}:
-		return &swallowed{Conn: ours, hole: h, closed: make(chan struct{})}, nil
+	case h.conns <- pipeConn{&swallowed{Conn: theirs, hole: h}}:
+		return &swallowed{Conn: ours, hole: h}, nil
 	case <-h.closed:
 		return nil, net.ErrClosed
 	}
@@ -571,9 +571,7 @@ func (h *blackHole) dial(ctx context.Context, network, address string) (net.Conn
 
 type swallowed struct {
 	net.Conn
-	hole   *blackHole
-	once   sync.Once
-	closed chan struct{}
+	hole *blackHole
 }
 
 func (s *swallowed) Write(b []byte) (int, error) {

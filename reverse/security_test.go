@@ -126,7 +126,6 @@ type options struct {
 	proxy    func(*reverse.ProxyConfig)
 	beat     time.Duration
 	noPTTH   bool
-	unsettle bool
 }
 
 func newWorld(t *testing.T, n network, o options) *world {
@@ -401,15 +400,22 @@ func (c *raw) send(s string) {
 	}
 }
 
+// reply is the head of an answer.
+type reply struct {
+	StatusCode int
+	Status     string
+	Header     http.Header
+}
+
 // response reads an answer with its body.
-func (c *raw) response() (*http.Response, string, error) {
+func (c *raw) response() (reply, string, error) {
 	resp, err := http.ReadResponse(c.r, nil)
 	if err != nil {
-		return nil, "", err
+		return reply{}, "", err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(resp.Body)
-	return resp, string(b), err
+	return reply{resp.StatusCode, resp.Status, resp.Header}, string(b), err
 }
 
 // request reads what the proxy asks.

@@ -54,7 +54,7 @@ func FuzzResponse(f *testing.F) {
 			_, _ = e.scrape(ctx, http.MethodGet)
 		}()
 		_ = c.SetDeadline(time.Now().Add(20 * time.Millisecond))
-		if resp, err := http.ReadResponse(r, nil); err == nil {
+		if resp, err := http.ReadResponse(r, nil); err == nil { //nolint:bodyclose // It is a pipe.
 			if scrape, err := http.ReadRequest(bufio.NewReader(resp.Body)); err == nil {
 				c2, r2 := e.dial(t)
 				_ = c2.SetDeadline(time.Now().Add(20 * time.Millisecond))

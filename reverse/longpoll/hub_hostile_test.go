@@ -13,7 +13,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -171,7 +170,7 @@ func TestConnectLeavesThePoll(t *testing.T) {
 		_ = c.Close() // The client goes while the scrape has its poll.
 		synctest.Wait()
 		req := httptest.NewRequestWithContext(t.Context(), http.MethodConnect, "http://web-1:9100/", nil)
-		if _, err := lease.Line.RoundTrip(req); !errors.Is(err, reverse.ErrNoTunnel) && !errors.Is(err, reverse.ErrNotSent) {
+		if _, err := lease.Line.RoundTrip(req); !errors.Is(err, reverse.ErrNoTunnel) && !errors.Is(err, reverse.ErrNotSent) { //nolint:bodyclose // There is none.
 			t.Error(err)
 		}
 		lease.Done(req.URL, reverse.ScrapeStatus{}, false)
@@ -208,7 +207,7 @@ func TestHostileResponses(t *testing.T) {
 					_, err := e.scrape(ctx, http.MethodGet)
 					done <- err
 				}()
-				resp, err := http.ReadResponse(r, nil)
+				resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // It goes with its connection.
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -231,7 +230,8 @@ func TestHostileResponses(t *testing.T) {
 // TestHostileProxyFloods: a proxy cannot make a client do any number of scrapes at a time.
 func TestHostileProxyFloods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var now, most atomic.Int64
+		var mu sync.Mutex
+		now, most := 0, 0
 		release := make(chan struct{})
 		p := &longpoll.Poller{
 			URL: &url.URL{Scheme: "http", Host: "proxy"}, Name: "web-1", Header: http.Header{}, Logger: slog.New(slog.DiscardHandler), Responded: func(error) {},
@@ -243,11 +243,14 @@ func TestHostileProxyFloods(t *testing.T) {
 				return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("GET http://web-1:9100/m HTTP/1.1\r\nHost: x\r\nId: a\r\n\r\n"))}, nil
 			}),
 			Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
-				n := now.Add(1)
-				for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
-				}
+				mu.Lock()
+				now++
+				most = max(most, now)
+				mu.Unlock()
 				<-release
-				now.Add(-1)
+				mu.Lock()
+				now--
+				mu.Unlock()
 			}),
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -265,9 +268,11 @@ func TestHostileProxyFloods(t *testing.T) {
 		}()
 		<-ctx.Done()
 		synctest.Wait()
-		if n := most.Load(); n > 256 {
-			t.Errorf("%d scrapes at a time", n)
+		mu.Lock()
+		if most > 256 {
+			t.Errorf("%d scrapes at a time", most)
 		}
+		mu.Unlock()
 		close(release)
 		<-polled
 		p.Wait()

@@ -36,6 +36,7 @@ type end struct {
 	registry *reverse.Registry
 	metrics  *prometheus.Registry
 	stop     func()
+	serving  sync.WaitGroup // the handlers
 }
 
 func newEnd(tb testing.TB) *end {
@@ -56,6 +57,7 @@ func newEnd(tb testing.TB) *end {
 	e.stop = sync.OnceFunc(func() {
 		cancel()
 		running.Wait()
+		e.serving.Wait()
 	})
 	tb.Cleanup(e.stop)
 	return e
@@ -81,7 +83,7 @@ func (e *end) open(tb testing.TB) (net.Conn, *bufio.Reader) {
 	req.Header.Set("Upgrade", ptth.Protocol)
 	req.Header.Set(reverse.HeaderClient, "web-1")
 	req.Header.Set(reverse.HeaderSession, session)
-	go e.hub.ServeHTTP(upgraded{httptest.NewRecorder(), theirs, strings.NewReader("")}, req)
+	e.serving.Go(func() { e.hub.ServeHTTP(upgraded{httptest.NewRecorder(), theirs, strings.NewReader("")}, req) })
 	r := bufio.NewReader(ours)
 	resp, err := http.ReadResponse(r, nil)
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
@@ -92,6 +94,16 @@ func (e *end) open(tb testing.TB) (net.Conn, *bufio.Reader) {
 		tb.Fatal(err)
 	}
 	return ours, r
+}
+
+// wait waits until a client is as it should be, for some seconds.
+func (e *end) wait(ok func(reverse.ClientStatus) bool) reverse.ClientStatus {
+	for limit := time.Now().Add(5 * time.Second); ; runtime.Gosched() {
+		s := e.registry.Status().Clients[0]
+		if ok(s) || time.Now().After(limit) {
+			return s
+		}
+	}
 }
 
 // scrape leases a line and sends a scrape, and returns what comes of it.
@@ -269,6 +281,7 @@ func TestLineThatEndsWithItsAnswer(t *testing.T) {
 		if _, err := io.WriteString(c, alive); err != nil {
 			t.Fatal(err)
 		}
+		e.wait(func(s reverse.ClientStatus) bool { return s.Lines > s.Busy })
 		go func() {
 			if _, err := http.ReadRequest(r); err == nil {
 				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
@@ -280,11 +293,7 @@ func TestLineThatEndsWithItsAnswer(t *testing.T) {
 			t.Fatalf("round %d: %q %v", i, body, err)
 		}
 		cancel()
-		s := e.registry.Status().Clients[0]
-		for limit := time.Now().Add(5 * time.Second); s.Lines > 0 && time.Now().Before(limit); s = e.registry.Status().Clients[0] {
-			runtime.Gosched()
-		}
-		if s.Lines != 0 || s.Busy != 0 {
+		if s := e.wait(func(s reverse.ClientStatus) bool { return s.Lines == 0 }); s.Lines != 0 || s.Busy != 0 {
 			t.Fatalf("round %d: %d lines, %d in use", i, s.Lines, s.Busy)
 		}
 	}
@@ -308,7 +317,7 @@ func TestHubStopsWithAnswersOnTheirWay(t *testing.T) {
 				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 			}
 		}()
-		resp, err := lease.Line.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://web-1:9100/metrics", nil))
+		resp, err := lease.Line.RoundTrip(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://web-1:9100/metrics", nil)) //nolint:bodyclose // It is, below.
 		if err != nil {
 			t.Fatal(err)
 		}
