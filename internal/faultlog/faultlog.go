@@ -35,12 +35,15 @@ func (f *Log) Failed(ctx context.Context, message string, err error) {
 	f.Logger.LogAttrs(ctx, slog.LevelWarn, message, slog.Int("consecutive", f.consecutive), slog.Any("err", err)) //nolint:sloglint // The callers' are constants.
 }
 
-// Succeeded logs that there was a success, if it is the first after failures.
-func (f *Log) Succeeded(ctx context.Context, message string) {
+// Succeeded logs that there was a success, if it is the first after failures; it returns
+// whether it was.
+func (f *Log) Succeeded(ctx context.Context, message string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.consecutive > 0 {
 		f.Logger.LogAttrs(ctx, slog.LevelInfo, message, slog.Int("failures", f.consecutive)) //nolint:sloglint // As above.
 	}
+	after := f.consecutive > 0
 	f.consecutive = 0
+	return after
 }

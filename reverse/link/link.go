@@ -87,11 +87,14 @@ type Link struct {
 	err    error
 	silent int
 	more   chan struct{} // asks for another line
+	// connected is closed while there is a line; greeted tells that there was one.
+	connected chan struct{}
+	greeted   bool
 }
 
 // New returns a link, which does nothing yet.
 func New(cfg Config) *Link {
-	l := &Link{cfg: cfg, name: safeurl.String(cfg.URL), more: make(chan struct{}, 1), since: time.Now()}
+	l := &Link{cfg: cfg, name: safeurl.String(cfg.URL), more: make(chan struct{}, 1), connected: make(chan struct{}), since: time.Now()}
 	logger := cfg.Logger.With("proxy", l.name)
 	l.faults.Logger = logger
 	l.dialer = &ptth.Dialer{
@@ -133,7 +136,7 @@ func (l *Link) run(ctx context.Context) error {
 // known already that the proxy is promferry's.
 func (l *Link) longPoll(ctx context.Context, known bool) {
 	l.mu.Lock()
-	l.kind, l.slots, l.lines, l.busy = reverse.KindPushProx, 0, 0, 0
+	l.kind, l.slots = reverse.KindPushProx, 0
 	l.mu.Unlock()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -314,7 +317,7 @@ func (l *Link) ptth(ctx context.Context) error {
 	// The others begin when the first has shown that it works.
 	works := make(chan struct{})
 	var once sync.Once
-	slot := func(keep bool) {
+	slot := func(keep, first bool) {
 		l.mu.Lock()
 		l.slots++
 		l.mu.Unlock()
@@ -324,10 +327,10 @@ func (l *Link) ptth(ctx context.Context) error {
 				defer l.mu.Unlock()
 				l.slots--
 			}()
-			return l.hold(ctx, keep, func() { once.Do(func() { close(works) }) })
+			return l.hold(ctx, keep, first, func() { once.Do(func() { close(works) }) })
 		})
 	}
-	slot(true)
+	slot(true, true)
 	group.Go(func() error {
 		select {
 		case <-works:
@@ -335,12 +338,12 @@ func (l *Link) ptth(ctx context.Context) error {
 			return nil
 		}
 		for range want - 1 {
-			slot(true)
+			slot(true, false)
 		}
 		for {
 			select {
 			case <-l.more:
-				slot(false)
+				slot(false, false)
 			case <-ctx.Done():
 				return nil
 			}
@@ -349,18 +352,27 @@ func (l *Link) ptth(ctx context.Context) error {
 	return group.Wait()
 }
 
-// hold keeps one line open; one that is not to be kept, until it ends.
-func (l *Link) hold(ctx context.Context, keep bool, works func()) error {
+// hold keeps one line open; one that is not to be kept, until it ends. While there is none at
+// all only the first is tried.
+func (l *Link) hold(ctx context.Context, keep, first bool, works func()) error {
 	for attempt := 0; ; attempt++ {
+		if !first {
+			select {
+			case <-l.anyLine():
+			case <-ctx.Done():
+				return nil
+			}
+		}
 		line, err := l.dialer.Open(ctx)
 		if err == nil {
-			began, used := time.Now(), atomic.Bool{}
+			began, used, last := time.Now(), atomic.Bool{}, atomic.Int64{}
 			up := func() {
 				works()
 				l.opened()
 			}
 			use := func(begins bool) {
 				used.Store(true)
+				last.Store(int64(time.Since(began)))
 				l.use(begins)
 			}
 			if err = line.Serve(ctx, l.cfg.Drain, up, use); !errors.Is(err, ptth.ErrSilent) {
@@ -368,6 +380,14 @@ func (l *Link) hold(ctx context.Context, keep bool, works func()) error {
 				// One that ends again and again without any use is not asked for in haste.
 				if used.Load() || time.Since(began) > maxDelay {
 					attempt = 0
+				}
+				// Prometheus has given up a scrape, which is no fault of the line's.
+				if keep && used.Load() && time.Since(began)-time.Duration(last.Load()) < firstDelay && !errors.Is(err, ptth.ErrMoved) {
+					l.pause(ctx, backoff.Delay(0, firstDelay, maxDelay))
+					attempt = -1
+					if ctx.Err() == nil {
+						continue
+					}
 				}
 			}
 		}
@@ -397,12 +417,15 @@ func (l *Link) opened() {
 	l.lines++
 	l.cfg.Metrics.connects.WithLabelValues(l.name).Inc()
 	l.cfg.Metrics.lines.WithLabelValues(l.name).Set(float64(l.lines))
-	if l.lines == 1 {
-		l.since = time.Now()
-		l.err = nil
-		l.cfg.Logger.Info("Connected", "proxy", l.name, "kind", l.kind)
-		l.faults.Succeeded(context.Background(), "Connected again")
+	if l.lines > 1 {
+		return
 	}
+	close(l.connected)
+	l.since, l.err = time.Now(), nil
+	if !l.faults.Succeeded(context.Background(), "Connected again") && !l.greeted {
+		l.cfg.Logger.Info("Connected", "proxy", l.name, "client", l.cfg.Header.Get(reverse.HeaderClient), "kind", l.kind)
+	}
+	l.greeted = true
 }
 
 func (l *Link) closed(err error) {
@@ -412,7 +435,15 @@ func (l *Link) closed(err error) {
 	l.cfg.Metrics.lines.WithLabelValues(l.name).Set(float64(l.lines))
 	if l.lines == 0 {
 		l.since, l.err = time.Now(), err
+		l.connected = make(chan struct{})
 	}
+}
+
+// anyLine returns a channel that is closed while there is a line.
+func (l *Link) anyLine() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.connected
 }
 
 // use counts the lines that scrapes have, and asks for another one when all are taken.
@@ -457,7 +488,9 @@ func (l *Link) failed(ctx context.Context, err error) error {
 		}
 		reason = "silent"
 	case errors.Is(err, ptth.ErrMoved):
-		l.cfg.Logger.Info("Proxy is about to stop, connecting anew", "proxy", l.name)
+		if l.lines == 0 {
+			l.cfg.Logger.Info("Proxy is about to stop, connecting anew", "proxy", l.name)
+		}
 		return nil
 	case refused:
 		reason = refusedReason(refusal)

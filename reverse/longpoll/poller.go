@@ -67,6 +67,9 @@ func (p *Poller) Poll(ctx context.Context) (Answer, error) {
 		return Answer{}, errors.New("the URL makes no request")
 	}
 	maps.Copy(req.Header, p.Header)
+	// It may be sent again on another connection, when an idle one turns out to be closed. (With
+	// no value, it is for http.Transport only.)
+	req.Header["Idempotency-Key"] = []string{}
 	resp, err := p.HTTP.Do(req)
 	if err != nil {
 		return Answer{}, err
@@ -89,7 +92,7 @@ func (p *Poller) Poll(ctx context.Context) (Answer, error) {
 		a.Displaced = true
 		return a, nil
 	default:
-		return a, ptth.Refused(resp)
+		return a, ptth.NewRefusal(resp, "a poll")
 	}
 	a.scrape, err = http.ReadRequest(bufio.NewReader(io.LimitReader(resp.Body, maxHeader)))
 	if err != nil {
@@ -175,7 +178,7 @@ func (p *Poller) push(ctx context.Context, a Answer, body io.Reader) error {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
-		return ptth.Refused(resp)
+		return ptth.NewRefusal(resp, "a response")
 	}
 	return nil
 }

@@ -127,20 +127,29 @@ func Heartbeat(h http.Header) (time.Duration, error) {
 	return time.Duration(seconds * float64(time.Second)), nil
 }
 
+// NewRefusal makes an error of an answer that is not what was asked for.
+func NewRefusal(resp *http.Response, asked string) *reverse.Refusal {
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal))
+	refusal := &reverse.Refusal{
+		Status: resp.StatusCode,
+		Text:   fmt.Sprintf("asked for %s: unexpected status %d: %s", asked, resp.StatusCode, safeurl.Line(string(text))),
+	}
+	if resp.Header.Get(reverse.HeaderProxy) == "" && resp.StatusCode < http.StatusInternalServerError {
+		refusal.Text += " (is there a proxy's address for clients at this URL?)"
+	}
+	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
+		refusal.RetryAfter = min(time.Duration(seconds)*time.Second, time.Minute)
+	}
+	return refusal
+}
+
 // maxRefusal is how much of a refusal's text is shown, in bytes.
 const maxRefusal = 200
 
 // Refused makes an error of an answer that is not what was asked for: one that wraps
 // ErrNoPTTH where trying again is of no use.
 func Refused(resp *http.Response) error {
-	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal))
-	refusal := &reverse.Refusal{
-		Status: resp.StatusCode,
-		Text:   fmt.Sprintf("unexpected status %d: %s", resp.StatusCode, safeurl.Line(string(text))),
-	}
-	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
-		refusal.RetryAfter = min(time.Duration(seconds)*time.Second, time.Minute)
-	}
+	refusal := NewRefusal(resp, "a line")
 	ours := resp.Header.Get(reverse.HeaderProxy) != ""
 	switch {
 	case resp.StatusCode == http.StatusUpgradeRequired && ours:
