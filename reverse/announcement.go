@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -199,6 +200,9 @@ func (t Target) validate() error {
 func ValidateName(name string) error {
 	if name == "" || len(name) > maxName || strings.Trim(name, nameBytes) != "" {
 		return fmt.Errorf("client name %.60q: want a host name or IP address, at most %d bytes", name, maxName)
+	}
+	if _, err := netip.ParseAddr(name); strings.Contains(name, ":") && err != nil {
+		return fmt.Errorf("client name %.60q: want it without a port", name)
 	}
 	return nil
 }

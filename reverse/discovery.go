@@ -34,6 +34,12 @@ func (r *Registry) Discovery(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	query := req.URL.Query()
+	for name := range query {
+		if name != "job" {
+			http.Error(w, fmt.Sprintf("parameter %.40q: there is only job", name), http.StatusBadRequest)
+			return
+		}
+	}
 	groups := []targetGroup{}
 	clients := r.all()
 	slices.SortFunc(clients, func(a, b *client) int { return cmp.Compare(a.name, b.name) })

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/maphash"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -128,7 +130,9 @@ func (r *Registry) settle() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.settled {
-		r.cfg.Logger.Warn("Some clients that were known are not back, they are listed as away", "missing", len(r.expected))
+		names := slices.Sorted(maps.Keys(r.expected))
+		r.cfg.Logger.Warn("Some clients that were known are not back, they are listed as away", "missing", len(names),
+			"clients", strings.Join(names[:min(len(names), 10)], ","))
 		r.settled, r.expected = true, nil
 	}
 }
@@ -165,7 +169,8 @@ func (r *Registry) forget(c *client) {
 	delete(r.clients, c.name)
 	delete(r.expected, c.name)
 	r.dirty.Store(true)
-	r.cfg.Logger.Info("Client forgotten", "client", c.name)
+	r.metrics.forgotten.Inc()
+	r.cfg.Logger.Info("Client forgotten, it is listed no more", "client", c.name)
 }
 
 // Stopping makes the registry take no further lines.

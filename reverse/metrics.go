@@ -19,6 +19,7 @@ var kinds = []string{KindPTTH, KindLongPoll, KindPushProx}
 
 type registryMetrics struct {
 	duplicateSessions, duplicateTargets, saveFailures prometheus.Counter
+	sessions, ended, forgotten                        prometheus.Counter
 	refused                                           *prometheus.CounterVec
 }
 
@@ -29,6 +30,9 @@ func newRegistryMetrics(reg prometheus.Registerer, r *Registry) *registryMetrics
 	m := &registryMetrics{
 		duplicateSessions: counter("promferry_proxy_duplicate_sessions_total", "Sessions that began while another of the same client had lines."),
 		duplicateTargets:  counter("promferry_proxy_duplicate_targets_total", "Targets not listed because another client announced their job and instance first."),
+		sessions:          counter("promferry_proxy_sessions_total", "Processes of clients that connected."),
+		ended:             counter("promferry_proxy_sessions_ended_total", "Processes of clients that said goodbye or went away."),
+		forgotten:         counter("promferry_proxy_forgotten_clients_total", "Clients that were away for so long that they are listed no more."),
 		saveFailures:      counter("promferry_proxy_save_failures_total", "Times that the known clients could not be saved."),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "promferry_proxy_refused_lines_total", Help: "Lines that clients asked for and did not get.",
@@ -37,7 +41,7 @@ func newRegistryMetrics(reg prometheus.Registerer, r *Registry) *registryMetrics
 	for _, reason := range []string{"clients", "lines", "identity", "other"} {
 		m.refused.WithLabelValues(reason)
 	}
-	reg.MustRegister(m.duplicateSessions, m.duplicateTargets, m.saveFailures, m.refused, registryCollector{r})
+	reg.MustRegister(m.duplicateSessions, m.duplicateTargets, m.sessions, m.ended, m.forgotten, m.saveFailures, m.refused, registryCollector{r})
 	return m
 }
 
@@ -56,22 +60,44 @@ func refusedReason(r *Refusal) string {
 type registryCollector struct{ registry *Registry }
 
 var (
-	clientsDesc = prometheus.NewDesc("promferry_proxy_clients", "Clients that are known.", []string{"state"}, nil)
+	clientsDesc = prometheus.NewDesc("promferry_proxy_clients", "Clients that are known; stopped are those that said goodbye.", []string{"state"}, nil)
+	severalDesc = prometheus.NewDesc("promferry_proxy_clients_with_several_sessions", "Clients that several processes have lines under the name of.", nil, nil)
+	hiddenDesc  = prometheus.NewDesc("promferry_proxy_hidden_targets", "Targets that are not listed because another client announced their job and instance first.", nil, nil)
 	linesDesc   = prometheus.NewDesc("promferry_proxy_lines", "Lines of clients.", []string{"kind", "state"}, nil)
 	settledDesc = prometheus.NewDesc("promferry_proxy_settled", "Whether clients that were known before the start are waited for no more.", nil, nil)
 )
 
 func (c registryCollector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- clientsDesc
+	ch <- severalDesc
+	ch <- hiddenDesc
 	ch <- linesDesc
 	ch <- settledDesc
 }
 
 func (c registryCollector) Collect(ch chan<- prometheus.Metric) {
-	connected, away := c.registry.count()
+	connected, away, stopped, several, hidden := 0, 0, 0, 0, 0
 	free, busy := make(map[string]int), make(map[string]int)
 	for _, client := range c.registry.all() {
 		client.mu.Lock()
+		switch {
+		case client.connected():
+			connected++
+		case client.goodbye:
+			stopped++
+		default:
+			away++
+		}
+		if len(client.sessions) > 1 {
+			several++
+		}
+		if a := client.announcement; a != nil {
+			for _, t := range a.Targets {
+				if c.registry.duplicate(client, a.Instance, t) {
+					hidden++
+				}
+			}
+		}
 		for _, s := range client.sessions {
 			free[s.kind] += len(s.free)
 			busy[s.kind] += s.lines - len(s.free)
@@ -83,6 +109,9 @@ func (c registryCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(clientsDesc, connected, "connected")
 	gauge(clientsDesc, away, "away")
+	gauge(clientsDesc, stopped, "stopped")
+	gauge(severalDesc, several)
+	gauge(hiddenDesc, hidden)
 	for _, kind := range kinds {
 		gauge(linesDesc, free[kind], kind, "free")
 		gauge(linesDesc, busy[kind], kind, "busy")

@@ -2,6 +2,7 @@ package reverse
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -16,6 +17,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/promferry/promferry/internal/faultlog"
 )
 
 // Refusal is what a client is told that gets no line.
@@ -97,6 +100,7 @@ type Registry struct {
 	settled  bool
 	stopping bool
 	dirty    atomic.Bool
+	full     faultlog.Log
 
 	claimsMu sync.Mutex
 	claims   map[claim][]*client
@@ -133,6 +137,7 @@ func NewRegistry(cfg RegistryConfig) (*Registry, error) {
 		cfg: cfg, seed: maphash.MakeSeed(),
 		clients: make(map[string]*client), claims: make(map[claim][]*client), expected: make(map[string]bool),
 	}
+	r.full.Logger = cfg.Logger
 	r.metrics = newRegistryMetrics(cfg.Registerer, r)
 	if err := r.load(); err != nil {
 		return nil, err
@@ -211,6 +216,7 @@ func (r *Registry) Join(h Hello) (*Session, error) {
 		if news {
 			r.announce(c, announced, announcement)
 		}
+		s.announced, s.announcement = c.announced, c.announcement
 	}
 	c.mu.Unlock()
 	r.arrived(h.Name)
@@ -230,6 +236,7 @@ func (r *Registry) client(name string) (*client, error) {
 	}
 	if len(r.clients) >= r.cfg.MaxClients {
 		r.metrics.refused.WithLabelValues("clients").Inc()
+		r.full.Failed(context.Background(), "Client refused, no more may be known", fmt.Errorf("client %q: the limit is %d", name, r.cfg.MaxClients))
 		return nil, &Refusal{Status: http.StatusServiceUnavailable, Text: fmt.Sprintf("the proxy has its %d clients", r.cfg.MaxClients), RetryAfter: time.Minute}
 	}
 	c = &client{name: name, since: time.Now()}

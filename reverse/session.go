@@ -19,6 +19,9 @@ type Session struct {
 	ready    bool      // a line has been free
 	empty    time.Time // when the last line ended, while there is none
 	goodbye  bool
+	// What this process announced, with the hash of it.
+	announced    uint64
+	announcement *Announcement
 }
 
 // The limits of sessions.
@@ -58,6 +61,7 @@ func (c *client) join(r *Registry, h Hello) (*Session, *Refusal) {
 			c.since = time.Now()
 			r.cfg.Logger.Info("Client connected", "client", c.name, "kind", h.Kind, "identity", identity(h.Grant), "remote", h.Remote)
 		}
+		r.metrics.sessions.Inc()
 		c.sessions = append(c.sessions, s)
 		c.goodbye = false
 		r.dirty.Store(true)
@@ -140,8 +144,11 @@ func (s *Session) end() {
 	if i < 0 {
 		return
 	}
+	s.registry.metrics.ended.Inc()
 	c.sessions = slices.Delete(c.sessions, i, i+1)
 	if len(c.sessions) > 0 {
+		s.registry.cfg.Logger.Info("Session of a client ended, another one is left", "client", c.name, "goodbye", s.goodbye)
+		c.adopt()
 		return
 	}
 	c.sessions = nil
@@ -172,6 +179,13 @@ func (c *client) connected() bool {
 	return s != nil && (s.lines > 0 || time.Since(s.empty) < reconnectPatience)
 }
 
+// adopt takes what the session that is scraped now announced for what the client offers.
+func (c *client) adopt() {
+	if s := c.active(); s != nil && s.announced != c.announced {
+		s.registry.announce(c, s.announced, s.announcement)
+	}
+}
+
 // connecting tells whether there is a line that has not shown yet that it works.
 func (c *client) connecting() bool {
 	return slices.ContainsFunc(c.sessions, func(s *Session) bool { return !s.ready && !s.goodbye && s.lines > 0 })
@@ -190,6 +204,8 @@ func (r *Registry) Goodbye(h Hello) {
 			s.goodbye = true
 			if s.lines == 0 {
 				s.end()
+			} else {
+				c.adopt()
 			}
 			r.dirty.Store(true)
 			break

@@ -30,6 +30,7 @@ import (
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
+	"github.com/promferry/promferry/reverse"
 	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/target"
 )
@@ -51,7 +52,7 @@ type agentCommand struct {
 }
 
 func newAgentCommand(app *kingpin.Application) *agentCommand {
-	clause := app.Command("agent", "Scrape targets on this host and put what they expose to Pushgateways.")
+	clause := app.Command("agent", "Push what targets on this host expose to Pushgateways, and let proxies scrape them.")
 	a := &agentCommand{settings: newAgentSettings()}
 	clause.Flag("once", onceHelp).BoolVar(&a.once)
 	clause.Flag("dry-run", dryRunHelp).BoolVar(&a.dryRun)
@@ -101,6 +102,7 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	}
 	clients := []*httpclient.Client{scrapeClient, pushClient}
 	if a.dryRun {
+		a.printPull(in.stdout)
 		return forward.DryRun(ctx, in.stdout)
 	}
 	if reversePull, err = newPull(s, scrapeClient, logger, registry); err != nil {
@@ -163,6 +165,23 @@ func (a *agentCommand) forwarding(f *forwarder.Forwarder) string {
 	return f.Status()
 }
 
+// printPull prints what proxies may scrape.
+func (a *agentCommand) printPull(w io.Writer) {
+	s := a.settings
+	if len(s.ProxyUrls.value) == 0 {
+		return
+	}
+	if len(s.PushTargets.value) == 0 {
+		_, _ = fmt.Fprintln(w, "# Nothing is pushed. Proxies may scrape:")
+	} else {
+		_, _ = fmt.Fprintln(w, "# Proxies may scrape:")
+	}
+	for _, t := range reverse.Announce("", nil, pullTargets(s)).Targets {
+		t.Query = "" // It may hold secrets.
+		_, _ = fmt.Fprintln(w, t.Job, t.URL(s.Fqdn.value))
+	}
+}
+
 // deliverer returns what delivers what batch jobs on this host could not push.
 func (a *agentCommand) deliverer(client *httpclient.Client, box *outbox.Outbox, logger *slog.Logger, r prometheus.Registerer) *batch.Deliverer {
 	c := &batch.Courier{Outbox: box, Timeout: time.Duration(a.settings.PushTimeout.value)}
@@ -222,8 +241,14 @@ func (a *agentCommand) lock() (*lockfile.Lock, error) {
 
 // serve forwards and answers requests until ctx ends.
 func (a *agentCommand) serve(ctx context.Context, forward *forwarder.Forwarder, deliver *batch.Deliverer, reversePull *pull, web *web, r *reloader, notifier *notifier, logger *slog.Logger) error {
-	logger.Info("Starting promferry agent", "version", version.Version, "targets", a.settings.PushTargets.String(),
-		"gateways", a.settings.PushUrls.String(), "instance", a.settings.Instance.value)
+	about := []any{"version", version.Version, "instance", a.settings.Instance.value}
+	if len(a.settings.PushTargets.value) > 0 || reversePull == nil {
+		about = append(about, "targets", a.settings.PushTargets.String(), "gateways", a.settings.PushUrls.String())
+	}
+	if reversePull != nil {
+		about = append(about, "client", a.settings.Fqdn.value, "pull_targets", a.settings.PullTargets.String(), "proxies", a.settings.ProxyUrls.String())
+	}
+	logger.Info("Starting promferry agent", about...)
 	// The address answers until the last group is left, so that a probe sees the agent
 	// stopping and not gone.
 	webCtx, stopWeb := context.WithCancel(context.WithoutCancel(ctx))

@@ -159,8 +159,13 @@ func (s *agentSettings) checkPull() []error {
 	}
 	if !proxies {
 		var errs []error
-		if s.PullTargets.isSet() && !s.ProxyUrls.isSet() {
-			errs = append(errs, s.PullTargets.fault(errors.New("nobody could scrape them: set --proxy-url")))
+		for _, set := range []struct {
+			isSet bool
+			fault func(error) error
+		}{{s.PullTargets.isSet(), s.PullTargets.fault}, {s.PullAllows.isSet(), s.PullAllows.fault}} {
+			if set.isSet && !s.ProxyUrls.isSet() {
+				errs = append(errs, set.fault(errors.New("nobody could scrape that: set --proxy-url")))
+			}
 		}
 		return errs
 	}

@@ -304,7 +304,7 @@ the log and in promferry_agent_last_reload_successful.
 			// These defaults depend on where they are looked at.
 			if s, ok := setting.(textSetting); ok && s.flag == "instance" {
 				s.value = "the host name"
-			} else if ok && s.flag == "state.dir" && c.name() != "agent" {
+			} else if ok && s.flag == "state.dir" && c.name() != "agent" && c.name() != "proxy" {
 				s.value = defaultStateDir + " for root, else $XDG_STATE_HOME/promferry"
 			}
 			b.WriteString(setting.row())

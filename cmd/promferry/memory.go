@@ -43,5 +43,5 @@ func keepMemory(ctx context.Context) error {
 
 // gcPercent leaves room for half of what is alive, at least for heapRoom.
 func gcPercent(live uint64) int {
-	return int(max(50, heapRoom*100/max(live, 1<<20)))
+	return max(50, heapRoom*100/int(max(live, 1<<20))) //nolint:gosec // It is less than all memory.
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -50,10 +51,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	if err != nil {
 		return nil, usageError{s.ScrapeHTTPConfig.fault(err)}
 	}
-	var targets []reverse.PullTarget
-	for _, t := range s.PullTargets.value {
-		targets = append(targets, reverse.PullTarget{Job: t.Job, URL: t.URL})
-	}
+	targets := pullTargets(s)
 	labels := make(map[string]string)
 	for _, l := range s.PushLabels.value {
 		labels[l.name] = l.value
@@ -81,6 +79,14 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 		}))
 	}
 	return p, nil
+}
+
+func pullTargets(s *agentSettings) []reverse.PullTarget {
+	var targets []reverse.PullTarget
+	for _, t := range s.PullTargets.value {
+		targets = append(targets, reverse.PullTarget{Job: t.Job, URL: t.URL})
+	}
+	return targets
 }
 
 // status returns what the agent's page shows.
@@ -120,22 +126,19 @@ func (p *pull) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// dialOwn connects to this host, and to no other, whatever a name resolves to.
+// dialOwn connects to this host, and to no other, whatever a name resolves to: to those of
+// the name's addresses that are this host's, or else to loopback.
 func dialOwn(ctx context.Context, network, address string) (net.Conn, error) {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, err
 	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return nil, err
-	}
+	ips, _ := net.DefaultResolver.LookupNetIP(ctx, "ip", host) // A host need not know its own name.
 	own, err := net.InterfaceAddrs()
 	if err != nil {
 		return nil, err
 	}
-	err = fmt.Errorf("%s is not an address of this host: name it by --pull.target", host)
-	for _, ip := range ips {
+	for _, ip := range append(ips, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()) {
 		ip = ip.Unmap()
 		mine := ip.IsLoopback()
 		for _, a := range own {
@@ -150,7 +153,9 @@ func dialOwn(ctx context.Context, network, address string) (net.Conn, error) {
 		if dialErr == nil {
 			return conn, nil
 		}
-		err = dialErr
+		if err == nil {
+			err = dialErr // The first says most.
+		}
 	}
 	return nil, err
 }

@@ -27,6 +27,6 @@ func awaitBytes(conn net.Conn) {
 	_ = raw.Read(func(fd uintptr) bool {
 		var b [1]byte
 		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return err != unix.EAGAIN && err != unix.EINTR //nolint:errorlint // An errno.
+		return err != unix.EAGAIN && err != unix.EINTR
 	})
 }
