@@ -166,6 +166,7 @@ func (r *Registry) forget(c *client) {
 	r.claimsMu.Lock()
 	defer r.claimsMu.Unlock()
 	r.unclaim(c)
+	c.gone = true
 	delete(r.clients, c.name)
 	delete(r.expected, c.name)
 	r.dirty.Store(true)

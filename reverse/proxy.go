@@ -73,8 +73,13 @@ func IsScrape(r *http.Request) bool { return r.URL.Host != "" || r.Method == htt
 // Stopping makes the proxy answer 503 to further scrapes.
 func (p *Proxy) Stopping() { p.stopping.Store(true) }
 
-// InFlight is how many scrapes there are.
-func (p *Proxy) InFlight() int { return int(p.scrapes.Load()) }
+// InFlight is how many scrapes there are, without tunnels, which are there for as long as
+// Prometheus likes.
+func (p *Proxy) InFlight() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int(p.scrapes.Load()) - len(p.tunnels)
+}
 
 // Revoke closes the tunnels of scrapers that are not valid any more.
 func (p *Proxy) Revoke(valid func(Grant) bool) {

@@ -122,6 +122,7 @@ type client struct {
 	progress time.Time // when a line was last free, or ended
 	since    time.Time
 	goodbye  bool
+	gone     bool // forgotten
 
 	kind, version, remote string
 	announced             uint64 // hash of the announcement
@@ -188,6 +189,7 @@ func (r *Registry) Join(h Hello) (*Session, error) {
 	if h.Announce != "" {
 		announced = maphash.String(r.seed, h.Announce)
 	}
+again: // A client that was forgotten is another one when it comes back.
 	c, err := r.client(h.Name)
 	if err != nil {
 		return nil, err
@@ -203,6 +205,10 @@ func (r *Registry) Join(h Hello) (*Session, error) {
 	}
 
 	c.mu.Lock()
+	if c.gone { // It was forgotten this moment.
+		c.mu.Unlock()
+		goto again
+	}
 	s, refusal := c.join(r, h)
 	if refusal != nil {
 		c.mu.Unlock()
@@ -251,6 +257,7 @@ func (r *Registry) forgetIfNew(c *client) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.sessions) == 0 && c.kind == "" {
+		c.gone = true
 		delete(r.clients, c.name)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -182,10 +183,12 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	// One of our clients says at once which scrape it responds to, and learns from the answer
 	// that nobody waits any more.
 	var s *scrape
+	var watch func() bool
+	gone := false
 	if id := r.Header.Get(headerID); id != "" {
 		var refusal *reverse.Refusal
 		if s, refusal = h.take(r, id); refusal != nil {
-			reverse.Refuse(w, refusal)
+			refuse(w, refusal)
 			return
 		}
 		defer s.giveUp() // Unless it has its answer.
@@ -195,16 +198,25 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 			defer close(interrupted)
 			_ = control.SetReadDeadline(time.Now())
 		})
+		var stopped atomic.Bool
+		watch = func() bool {
+			ok := stop()
+			stopped.Store(ok)
+			return ok
+		}
 		defer func() {
-			if !stop() {
-				<-interrupted                                            // Later, it would be the connection's next request that it ends.
-				_ = control.SetReadDeadline(time.Now().Add(readTimeout)) // For what is left of the body.
+			if !stopped.Load() && !stop() {
+				<-interrupted // Later, it would be the connection's next request that it ends.
+				if !gone {    // For what is left of the body.
+					_ = control.SetReadDeadline(time.Now().Add(readTimeout))
+				}
 			}
 		}()
 	}
 	resp, err := http.ReadResponse(asHTTP11(src), nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
 	switch {
 	case err != nil && s != nil && s.ctx.Err() != nil:
+		gone = true
 		h.gone(w)
 		return
 	case err != nil || resp.StatusCode < http.StatusOK:
@@ -215,7 +227,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	if s == nil {
 		var refusal *reverse.Refusal
 		if s, refusal = h.take(r, resp.Header.Get(headerID)); refusal != nil {
-			reverse.Refuse(w, refusal)
+			refuse(w, refusal)
 			return
 		}
 	}
@@ -225,7 +237,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	if s.method == http.MethodHead {
 		resp.Body = http.NoBody
 	}
-	body := &pushed{ReadCloser: resp.Body, done: make(chan error, 1)}
+	body := &pushed{ReadCloser: resp.Body, stop: watch, done: make(chan error, 1)}
 	resp.Body = body
 	if s.method == http.MethodHead {
 		body.end(nil)
@@ -242,15 +254,23 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
+		gone = true
 		h.gone(w)
 	case err != nil:
 		http.Error(w, "the response broke off", http.StatusBadRequest)
 	}
 }
 
+// refuse answers a response that is not wanted, at once: the rest of its body is not waited for.
+func refuse(w http.ResponseWriter, refusal *reverse.Refusal) {
+	w.Header().Set("Connection", "close")
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now())
+	reverse.Refuse(w, refusal)
+}
+
 func (h *Hub) gone(w http.ResponseWriter) {
 	h.late.Inc()
-	http.Error(w, "nobody waits for this response any more", http.StatusGone)
+	refuse(w, &reverse.Refusal{Status: http.StatusGone, Text: "nobody waits for this response any more"})
 }
 
 // asHTTP11 returns src with what it says of its version replaced: PushProx's client says 0.0 of
@@ -323,6 +343,7 @@ func (l *headerLimit) Read(b []byte) (int, error) {
 type pushed struct {
 	io.ReadCloser
 	once sync.Once
+	stop func() bool // ends the watch over the scrape; nil: there is none
 	done chan error
 }
 
@@ -338,7 +359,12 @@ func (p *pushed) end(err error) {
 	if errors.Is(err, io.EOF) {
 		err = nil
 	}
-	p.once.Do(func() { p.done <- err })
+	p.once.Do(func() {
+		if p.stop != nil && err == nil {
+			p.stop() // Before who scrapes can know that it is done.
+		}
+		p.done <- err
+	})
 }
 
 // Close is not the body's own: that belongs to the handler that has the connection.

@@ -109,10 +109,10 @@ func (h *Hub) start(l *line) {
 	h.lines[l] = struct{}{}
 	h.mu.Unlock()
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.owed = h.now()
 	l.write("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: " + Protocol + "\r\n" +
 		reverse.HeaderProxy + ": 1\r\n" + reverse.HeaderHeartbeat + ": " + h.heartbeat + "\r\n\r\n" + heartbeat)
+	l.mu.Unlock()
 	h.park(l)
 }
 
@@ -122,11 +122,14 @@ func (h *Hub) now() time.Duration { return time.Since(h.began) + 1 }
 // park lets the line wait for what comes.
 func (h *Hub) park(l *line) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.closed { // What closed the lines did not wait for this one.
-		_ = l.conn.Close()
+	closed := h.closed
+	if !closed {
+		h.parking.Go(l.park)
 	}
-	h.parking.Go(l.park)
+	h.mu.Unlock()
+	if closed { // What closed the lines does not wait for this one.
+		l.end()
+	}
 }
 
 // The requests that are signs of life.

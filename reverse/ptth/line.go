@@ -172,15 +172,13 @@ func (l *line) move() {
 	if idle {
 		l.owed = l.hub.now()
 		l.write(move)
-	} else if !l.inUse {
+	} else if !l.ready {
 		_ = l.conn.Close()
 	}
 }
 
 // Close ends the line at once.
 func (l *line) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	return l.conn.Close() // Whoever reads from it calls end.
 }
 
