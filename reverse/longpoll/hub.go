@@ -188,7 +188,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	if id := r.Header.Get(headerID); id != "" {
 		var refusal *reverse.Refusal
 		if s, refusal = h.take(r, id); refusal != nil {
-			refuse(w, refusal)
+			refuse(w, r, refusal)
 			return
 		}
 		defer s.giveUp() // Unless it has its answer.
@@ -217,7 +217,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case err != nil && s != nil && s.ctx.Err() != nil:
 		gone = true
-		h.gone(w)
+		h.gone(w, r)
 		return
 	case err != nil || resp.StatusCode < http.StatusOK:
 		http.Error(w, "want an HTTP response as the body", http.StatusBadRequest)
@@ -227,7 +227,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	if s == nil {
 		var refusal *reverse.Refusal
 		if s, refusal = h.take(r, resp.Header.Get(headerID)); refusal != nil {
-			refuse(w, refusal)
+			refuse(w, r, refusal)
 			return
 		}
 	}
@@ -255,22 +255,25 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errors.Is(err, context.Canceled):
 		gone = true
-		h.gone(w)
+		h.gone(w, r)
 	case err != nil:
 		http.Error(w, "the response broke off", http.StatusBadRequest)
 	}
 }
 
-// refuse answers a response that is not wanted, at once: the rest of its body is not waited for.
-func refuse(w http.ResponseWriter, refusal *reverse.Refusal) {
-	w.Header().Set("Connection", "close")
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now())
+// refuse answers a response that is not wanted: one that comes as it is made at once, without
+// waiting for the rest of its body.
+func refuse(w http.ResponseWriter, r *http.Request, refusal *reverse.Refusal) {
+	if r.Header.Get(headerID) != "" {
+		w.Header().Set("Connection", "close")
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now())
+	}
 	reverse.Refuse(w, refusal)
 }
 
-func (h *Hub) gone(w http.ResponseWriter) {
+func (h *Hub) gone(w http.ResponseWriter, r *http.Request) {
 	h.late.Inc()
-	refuse(w, &reverse.Refusal{Status: http.StatusGone, Text: "nobody waits for this response any more"})
+	refuse(w, r, &reverse.Refusal{Status: http.StatusGone, Text: "nobody waits for this response any more"})
 }
 
 // asHTTP11 returns src with what it says of its version replaced: PushProx's client says 0.0 of
