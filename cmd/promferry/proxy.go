@@ -275,8 +275,13 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		group.Go(func() error { return server.Run(serveCtx) })
 	}
 	group.Go(func() error {
-		// The last one is where clients come.
-		if err := servers[len(servers)-1].http.Serve(d.polls); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		forClients := servers[len(servers)-1] // The last one is where clients come.
+		select {
+		case <-forClients.serving:
+		case <-serveCtx.Done():
+			return nil
+		}
+		if err := forClients.http.Serve(d.polls); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			return err
 		}
 		return nil

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -79,11 +80,26 @@ type server struct {
 	// cached serves in place of exporter-toolkit, where that costs too much; nil: not.
 	cached *webConfig
 	logger *slog.Logger
+	// serving is closed when http is set up, and takes connections.
+	serving chan struct{}
+}
+
+// announcing is a listener that tells when it is first asked for a connection.
+type announcing struct {
+	net.Listener
+	once sync.Once
+	what chan struct{}
+}
+
+func (a *announcing) Accept() (net.Conn, error) {
+	a.once.Do(func() { close(a.what) })
+	return a.Listener.Accept()
 }
 
 // newServer returns a server. Handlers bound the time of reading bodies and of writing.
 func newServer(listener net.Listener, config string, handler http.Handler, logger *slog.Logger) *server {
-	s := &server{listener: listener, config: config, logger: logger, http: &http.Server{
+	serving := make(chan struct{})
+	s := &server{listener: &announcing{Listener: listener, what: serving}, config: config, logger: logger, serving: serving, http: &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       6 * time.Minute, // Longer than Prometheus keeps its own idle connections.
