@@ -167,7 +167,7 @@ func TestPushProxClients(t *testing.T) {
 		{"client killed and back", func(t *testing.T) {
 			stop()
 			waitQuery(t, prometheus, "up"+pushproxApp, exactly(0))
-			waitFault(t, prometheus, "app", http.StatusServiceUnavailable)
+			scrape(t, lab, "http://web-1:8000/metrics", patience).check(t, http.StatusServiceUnavailable, "client_away")
 			stop = startPushProxClient(whole, lab, "web-1")
 			arrives(t)
 		}},
