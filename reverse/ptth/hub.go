@@ -6,6 +6,7 @@ package ptth
 import (
 	"context"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"strings"
@@ -87,7 +88,7 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		reverse.Refuse(w, err)
 		return
 	}
-	l := &line{hub: h, session: session}
+	l := &line{hub: h, session: session, phase: uint8(rand.N(256))} //nolint:gosec // Spreads load; nothing depends on it being secret.
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		session.Leave(l)

@@ -25,6 +25,7 @@ type line struct {
 	inUse  bool // a scrape has it
 	moving bool // it is to end
 	closed bool
+	phase  uint8 // spreads heartbeats of clients that came all at once
 	// Times are those since the hub's start: there are many lines.
 	owed   time.Duration // when a heartbeat was sent that is not answered; zero: none
 	last   time.Duration // when something was sent
@@ -131,29 +132,15 @@ func (l *line) beat() {
 			l.hub.cfg.Logger.Debug("Line does not answer its heartbeat", "client", l.session.Name())
 			_ = l.conn.Close()
 		}
-	case l.ready && !l.inUse && !l.moving && l.hub.now()-l.last >= interval*3/4:
-		// On its own: a client that does not read must not keep the others waiting.
+	case l.ready && !l.inUse && !l.moving && l.hub.now()-l.last >= interval/2+interval/4*time.Duration(l.phase)/256:
 		l.owed = l.hub.now()
-		l.hub.parking.Go(l.sendBeat)
-	}
-}
-
-// sendBeat sends the heartbeat that is owed an answer from now on.
-func (l *line) sendBeat() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case l.closed:
-	case l.inUse: // A scrape was faster: its answer will do.
-		l.owed = 0
-	default:
 		l.write(heartbeat)
 	}
 }
 
-// writeTimeout is how long sending some bytes may take: there is room for them, but on a line
-// whose client does not read.
-const writeTimeout = time.Second
+// writeTimeout is how long sending some bytes may take. There is room for them; should there be
+// none, others must not wait for it, and the line ends, since nothing more fits on it.
+const writeTimeout = 100 * time.Millisecond
 
 // write sends something short. What goes wrong with it, park sees.
 func (l *line) write(s string) {
