@@ -264,6 +264,7 @@ func TestHostileHeartbeats(t *testing.T) {
 				case <-time.After(time.Second):
 					t.Error("the line is kept")
 				}
+				synctest.Wait() // The hub has closed it, and is about to count it out.
 				if free, busy := e.lines(t); free != 0 || busy != 0 {
 					t.Errorf("%d lines are free and %d in use", free, busy)
 				}
