@@ -45,7 +45,7 @@ func (r *Registry) load() error {
 	var known knownClients
 	if b != nil {
 		if err := json.Unmarshal(b, &known); err != nil {
-			return fmt.Errorf("clients known before: %w", err)
+			return fmt.Errorf("%w; move the file away to start without the clients that were known", err)
 		}
 	}
 	now := time.Now()
@@ -98,8 +98,10 @@ func (r *Registry) save() {
 	if err != nil {
 		r.dirty.Store(true)
 		r.metrics.saveFailures.Inc()
-		r.cfg.Logger.Warn("Known clients not saved, a restart would not know them", "err", err)
+		r.saves.Failed(context.Background(), "Known clients not saved, a restart would not know them", err)
+		return
 	}
+	r.saves.Succeeded(context.Background(), "Known clients saved again")
 }
 
 // Run forgets clients that have been away for long, and saves what is known, until ctx ends.

@@ -101,6 +101,7 @@ type Registry struct {
 	stopping bool
 	dirty    atomic.Bool
 	full     faultlog.Log
+	saves    faultlog.Log
 
 	claimsMu sync.Mutex
 	claims   map[claim][]*client
@@ -138,7 +139,7 @@ func NewRegistry(cfg RegistryConfig) (*Registry, error) {
 		cfg: cfg, seed: maphash.MakeSeed(),
 		clients: make(map[string]*client), claims: make(map[claim][]*client), expected: make(map[string]bool),
 	}
-	r.full.Logger = cfg.Logger
+	r.full.Logger, r.saves.Logger = cfg.Logger, cfg.Logger
 	r.metrics = newRegistryMetrics(cfg.Registerer, r)
 	if err := r.load(); err != nil {
 		return nil, err

@@ -124,7 +124,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	}
 	hub := ptth.NewHub(ptth.HubConfig{Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value), Logger: logger, Registerer: registry})
 	polls := longpoll.NewHub(longpoll.HubConfig{
-		Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value), MaxBytes: int64(s.ScrapeMaxBytes.value),
+		Registry: clients, Heartbeat: time.Duration(s.Heartbeat.value),
 		Logger: logger, Registerer: registry,
 	})
 	proxy := reverse.NewProxy(reverse.ProxyConfig{
@@ -216,17 +216,27 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 			listed.ServeHTTP(w, r)
 		}
 	}))
+	bounded := func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			control := http.NewResponseController(w)
+			write := time.Minute
+			if r.URL.Path == "/push" { // It is answered when the scrape is done.
+				write += time.Duration(s.ScrapeMaxTimeout.value)
+			}
+			_ = control.SetWriteDeadline(time.Now().Add(write))
+			if r.ContentLength != 0 { // Polls and responses set their own.
+				_ = control.SetReadDeadline(time.Now().Add(10 * time.Second))
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
+	others := bounded(protected)
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if reverse.IsScrape(r) {
+		if reverse.IsScrape(r) { // It has a time of its own.
 			d.proxy.ServeHTTP(w, r)
 			return
 		}
-		control := http.NewResponseController(w)
-		_ = control.SetWriteDeadline(time.Now().Add(time.Minute))
-		if r.ContentLength != 0 { // Polls and responses set their own.
-			_ = control.SetReadDeadline(time.Now().Add(10 * time.Second))
-		}
-		protected.ServeHTTP(w, r)
+		others.ServeHTTP(w, r)
 	})
 
 	type face struct {
@@ -237,7 +247,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	handlers := []http.Handler{handler}
 	if s.ClientListenAddress.value != "" {
 		faces = append(faces, face{s.ClientListenAddress, s.ClientConfigFile, "client"})
-		handlers = append(handlers, forClients)
+		handlers = append(handlers, bounded(forClients))
 	}
 	var servers []*server
 	for i, f := range faces {

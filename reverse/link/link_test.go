@@ -97,7 +97,7 @@ func startHub(t *testing.T) *hub {
 	h := &hub{
 		registry: registry, conns: make(chan net.Conn), closed: make(chan struct{}),
 		lines: ptth.NewHub(ptth.HubConfig{Registry: registry, Heartbeat: heartbeat, Logger: logger, Registerer: registerer}),
-		polls: longpoll.NewHub(longpoll.HubConfig{Registry: registry, Heartbeat: heartbeat, MaxBytes: 1 << 20, Logger: logger, Registerer: registerer}),
+		polls: longpoll.NewHub(longpoll.HubConfig{Registry: registry, Heartbeat: heartbeat, Logger: logger, Registerer: registerer}),
 		proxy: reverse.NewProxy(reverse.ProxyConfig{
 			Registry: registry, MaxTimeout: time.Minute, DefaultTimeout: 10 * time.Second, TunnelIdle: time.Minute, MaxScrapes: 100,
 			MaxBytes: 1 << 20, Logger: logger, Registerer: registerer,

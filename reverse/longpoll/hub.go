@@ -47,8 +47,6 @@ type HubConfig struct {
 	// Heartbeat is how long a poll of a promferry client is held. PushProx's are held
 	// without limit: they take any other answer than a scrape for an error.
 	Heartbeat time.Duration
-	// MaxBytes is how large the body of a response may be.
-	MaxBytes int64
 	// Logger is logged to.
 	Logger *slog.Logger
 	// Registerer takes the metrics.

@@ -233,7 +233,7 @@ func startHub(t *testing.T, n *network, address string, l net.Listener, o option
 		t.Fatal(err)
 	}
 	lines := ptth.NewHub(ptth.HubConfig{Registry: h.registry, Heartbeat: heartbeat, Logger: logger, Registerer: h.metrics})
-	h.polls = longpoll.NewHub(longpoll.HubConfig{Registry: h.registry, Heartbeat: heartbeat, MaxBytes: o.maxBytes, Logger: logger, Registerer: h.metrics})
+	h.polls = longpoll.NewHub(longpoll.HubConfig{Registry: h.registry, Heartbeat: heartbeat, Logger: logger, Registerer: h.metrics})
 	h.proxy = reverse.NewProxy(reverse.ProxyConfig{
 		Registry: h.registry, MaxTimeout: 5 * time.Minute, DefaultTimeout: 15 * time.Second, TunnelIdle: time.Minute, MaxScrapes: 4096,
 		MaxBytes: o.maxBytes, Logger: logger, Registerer: h.metrics,
