@@ -44,8 +44,21 @@ func overTLS(to dial) dial {
 			_ = raw.Close()
 			return nil, err
 		}
-		return conn, nil
+		return inRecords{conn}, nil
 	}
+}
+
+// inRecords sends as an agent does, in small TLS records.
+type inRecords struct{ net.Conn }
+
+func (c inRecords) Write(b []byte) (n int, err error) {
+	for part := range slices.Chunk(b, 4<<10) {
+		m, err := c.Conn.Write(part)
+		if n += m; err != nil {
+			return n, err
+		}
+	}
+	return n, nil
 }
 
 // server is a process that is measured.

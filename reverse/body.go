@@ -34,6 +34,13 @@ func passOn(w http.ResponseWriter, r *http.Request, resp *http.Response, limit i
 		w.WriteHeader(resp.StatusCode)
 		return 0, true, nil
 	}
+	if body, ok := resp.Body.(interface{ Take(n int64) ([]byte, bool) }); ok && 0 <= length && length <= headSize {
+		if whole, ok := body.Take(length); ok {
+			w.WriteHeader(resp.StatusCode)
+			m, err := w.Write(whole)
+			return int64(m), true, err
+		}
+	}
 	head := heads.Get().(*[headSize]byte)
 	defer heads.Put(head)
 	filled := 0

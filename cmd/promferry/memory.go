@@ -16,7 +16,7 @@ const (
 	heapRoom = 8 << 20
 	// The bounds of GOGC. The upper one keeps the heap from growing to many times its size when
 	// thousands of clients connect at once.
-	minPercent, maxPercent = 100, 400
+	minPercent, maxPercent = 200, 400
 	// memoryEvery is how often memory that is free is given back to the system. The collections
 	// that go with it take some 40 ms of CPU time with 10,000 clients.
 	memoryEvery = 10 * time.Second

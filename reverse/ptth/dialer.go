@@ -2,6 +2,7 @@ package ptth
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -282,6 +283,23 @@ type conn struct {
 }
 
 func (c *conn) Read(b []byte) (int, error) { return c.rw.Read(b) }
+
+// recordSize is how much goes into a TLS record, in bytes. The proxy keeps a buffer for each
+// line that is as large as the largest it brought: of 16 KiB, they are more than half of its memory.
+const recordSize = 4 << 10
+
+func (c *conn) Write(b []byte) (n int, err error) {
+	if _, ok := c.Conn.(*tls.Conn); !ok {
+		return c.Conn.Write(b)
+	}
+	for {
+		m, err := c.Conn.Write(b[:min(len(b), recordSize)])
+		n += m
+		if b = b[m:]; err != nil || len(b) == 0 {
+			return n, err
+		}
+	}
+}
 
 func (c *conn) Close() error {
 	err := net.ErrClosed

@@ -12,9 +12,8 @@ import (
 	"github.com/promferry/promferry/reverse"
 )
 
-// line is a connection that a client opened. It is parked while no scrape has it: one goroutine
-// is in the read of one byte, and there are no buffers. That byte is the first of an answer,
-// or tells of the end.
+// line is a connection that a client opened. It is parked until an answer comes: one goroutine
+// waits for its first bytes, or for the end, and there are no buffers.
 type line struct {
 	hub     *Hub
 	session *reverse.Session
@@ -32,46 +31,29 @@ type line struct {
 	answer chan *source  // where the scrape that has the line waits for its answer
 }
 
-// park waits for the first byte of an answer, or the end of the line.
+// park waits for an answer, or the end of the line.
 func (l *line) park() {
-	var b [1]byte
-	for {
-		l.mu.Lock()
-		quiet := l.answer == nil
-		l.mu.Unlock()
-		if quiet {
-			awaitBytes(l.conn)
-		}
-		if _, err := l.conn.Read(b[:]); err != nil {
-			l.end()
-			return
-		}
-		l.mu.Lock()
-		owed, answer := l.owed != 0, l.answer
-		l.mu.Unlock()
-		switch {
-		case owed:
-			src, ok := l.beaten(b[0])
-			if !ok {
-				l.end()
-				return
-			}
-			if src != nil {
-				if !l.hand(src) { // Nobody has asked for more.
-					l.end()
-				}
-				return
-			}
-			// Reading the answer has made the stack larger than waiting needs it.
-			l.hub.park(l)
-			return
-		case answer != nil:
-			l.hand(newSource(l.conn, b[0]))
-			return
-		default: // It spoke without being asked.
-			l.end()
-			return
-		}
+	l.mu.Lock()
+	busy := l.answer != nil
+	l.mu.Unlock()
+	src, err := await(l.conn, busy)
+	if err != nil {
+		l.end()
+		return
+	}
+	l.mu.Lock()
+	owed := l.owed != 0
+	l.mu.Unlock()
+	switch {
+	case owed && !l.beaten(src):
+		src.release()
+		l.end()
+	case owed && src.Buffered() == 0:
+		src.release()
+		// Reading the answer has made the stack larger than waiting needs it.
+		l.hub.park(l)
+	case !l.hand(src): // Nobody has asked for it.
+		l.end()
 	}
 }
 
@@ -90,33 +72,26 @@ func (l *line) hand(src *source) bool {
 	return true
 }
 
-// beaten reads the answer to a heartbeat. It returns a source when there is more: the answer to
-// a scrape that was sent after it.
-func (l *line) beaten(first byte) (*source, bool) {
-	src := newSource(l.conn, first)
+// beaten reads the answer to a heartbeat, and tells whether the line goes on. What follows in src
+// is the answer to a scrape that was sent after it.
+func (l *line) beaten(src *source) bool {
 	last, ok := src.beaten()
 	if !ok {
-		src.release()
-		return nil, false
+		return false
 	}
 	l.mu.Lock()
 	l.owed = 0
 	fresh := !l.ready
 	l.ready = true
-	if l.moving || last {
-		l.mu.Unlock()
-		src.release()
-		return nil, false
-	}
+	ends := l.moving || last
 	l.mu.Unlock()
+	if ends {
+		return false
+	}
 	if fresh {
 		l.session.Free(l)
 	}
-	if src.Buffered() > 0 {
-		return src, true
-	}
-	src.release()
-	return nil, true
+	return true
 }
 
 // beat sends a heartbeat when it is time for one, and ends a line that does not answer.
@@ -296,6 +271,22 @@ func (b *body) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
+// Take returns a body that has n bytes without a copy, and frees the line. The bytes are valid until
+// Close.
+func (b *body) Take(n int64) ([]byte, bool) {
+	if b.err != nil || b.left != n {
+		return nil, false
+	}
+	whole, err := b.src.Peek(int(n))
+	if err != nil {
+		return nil, false // Read says why.
+	}
+	_, _ = b.src.Discard(int(n))
+	b.left, b.err = 0, io.EOF
+	b.leave(true)
+	return whole, true
+}
+
 // WriteTo copies a body of known length, where it can from socket to socket.
 func (b *body) WriteTo(w io.Writer) (n int64, err error) {
 	tcp, isTCP := b.line.conn.(*net.TCPConn)
@@ -337,15 +328,23 @@ func (b *body) Close() error {
 		b.err = http.ErrBodyReadAfterClose
 		b.end(false)
 	}
+	if b.src != nil { // After Take.
+		b.src.release()
+		b.src = nil
+	}
 	return nil
 }
 
-// end gives the line back, or ends it when the answer has not come to its end.
+// end is for a body of which nothing is left to be read.
 func (b *body) end(whole bool) {
-	reuse := b.stop() && whole && b.reuse && b.src.Buffered() == 0
+	b.leave(whole)
 	b.src.release()
 	b.src = nil
-	if reuse {
+}
+
+// leave gives the line back, or ends it when the answer has not come to its end.
+func (b *body) leave(whole bool) {
+	if b.stop() && whole && b.reuse && b.src.Buffered() == 0 {
 		b.line.release()
 	} else {
 		b.line.end()

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"sync"
 )
@@ -15,33 +14,35 @@ const maxHeader = 64 << 10
 
 var errHeaderTooLarge = errors.New("the header of the answer is too large")
 
+// sourceSize is that of a source's buffer, in bytes: most answers fit into it, header and all,
+// so that one read has them.
+const sourceSize = 72 << 10
+
 // source reads answers from a line. Sources are many, lines are more: they are shared.
 type source struct {
 	bufio.Reader
-	conn  net.Conn
-	first [1]byte
-	n     int // of first that are not read yet
+	from  io.Reader
 	limit int // of what may still be read, while above zero
 	big   error
 }
 
 var sources = sync.Pool{New: func() any {
 	s := &source{}
-	s.Reader = *bufio.NewReaderSize(nil, 16<<10)
+	s.Reader = *bufio.NewReaderSize(nil, sourceSize)
 	return s
 }}
 
-// newSource returns a source of what follows first, which was read from conn already.
-func newSource(conn net.Conn, first byte) *source {
+// newSource returns a source of what comes from a line.
+func newSource(from io.Reader) *source {
 	s := sources.Get().(*source)
-	s.conn, s.first[0], s.n, s.limit, s.big = conn, first, 1, maxHeader, nil
+	s.from, s.limit, s.big = from, maxHeader, nil
 	s.Reset(unbuffered{s})
 	return s
 }
 
 // release gives the source back. It must not be used any more.
 func (s *source) release() {
-	s.conn = nil
+	s.from = nil
 	s.Reset(nil)
 	sources.Put(s)
 }
@@ -51,19 +52,14 @@ type unbuffered struct{ s *source }
 
 func (u unbuffered) Read(b []byte) (int, error) {
 	s := u.s
-	if s.n > 0 && len(b) > 0 {
-		s.n = 0
-		b[0] = s.first[0]
-		return 1, nil
-	}
 	if s.limit == 0 {
-		return s.conn.Read(b)
+		return s.from.Read(b)
 	}
 	if s.limit < 0 {
 		s.big = errHeaderTooLarge
 		return 0, errHeaderTooLarge
 	}
-	n, err := s.conn.Read(b)
+	n, err := s.from.Read(b)
 	if s.limit -= n; s.limit == 0 {
 		s.limit = -1
 	}
