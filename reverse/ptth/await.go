@@ -57,7 +57,7 @@ func (d descriptor) Read(b []byte) (int, error) {
 	for {
 		n, err := unix.Read(int(d), b)
 		switch {
-		case err == unix.EINTR: //nolint:errorlint // It is an errno.
+		case err == unix.EINTR:
 			continue
 		case err != nil:
 			return 0, err

@@ -78,6 +78,12 @@ func (u upgraded) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 func (e *end) open(tb testing.TB) (net.Conn, *bufio.Reader) {
 	tb.Helper()
 	ours, theirs := net.Pipe()
+	return e.upgrade(tb, ours, theirs)
+}
+
+// upgrade makes a line of a connection, as open does.
+func (e *end) upgrade(tb testing.TB, ours, theirs net.Conn) (net.Conn, *bufio.Reader) {
+	tb.Helper()
 	tb.Cleanup(func() { _ = ours.Close() })
 	req := httptest.NewRequest(http.MethodGet, "/ptth", nil)
 	req.Header.Set("Upgrade", ptth.Protocol)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 )
 
@@ -130,8 +131,16 @@ func send(w io.Writer, req *http.Request) error {
 	buf.WriteString(" HTTP/1.1\r\nHost: ")
 	buf.WriteString(req.Host)
 	buf.WriteString("\r\n")
-	if err := req.Header.Write(buf); err != nil {
-		return err
+	for name, values := range req.Header { // Header.Write sorts them first.
+		for _, value := range values {
+			if strings.ContainsAny(value, "\r\n") {
+				continue // net/http's server lets none through.
+			}
+			buf.WriteString(name)
+			buf.WriteString(": ")
+			buf.WriteString(value)
+			buf.WriteString("\r\n")
+		}
 	}
 	buf.WriteString("\r\n")
 	_, err := w.Write(buf.Bytes())
