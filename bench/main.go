@@ -3,7 +3,7 @@
 // Command bench measures the figures that the README claims, as ratios against real
 // programs in one run. It judges nothing: machines differ. Servers run on one core, what
 // is measured on another; rounds alternate; medians are printed. The arguments name the
-// parts to measure, out of forward, batch, add, open, deliver, and pull-load, pull-memory,
+// parts to measure, out of forward, batch, add, open, deliver, expire, and pull-load, pull-memory,
 // pull-far, pull-large and pull-unknown, which are pull together; without any it is all of them.
 package main
 
@@ -72,6 +72,7 @@ func run(ctx context.Context, only []string) error {
 		{"pull-far", pullFar},
 		{"pull-large", pullLarge},
 		{"pull-unknown", pullUnknown},
+		{"expire", expire},
 	}
 	for _, p := range parts {
 		named := func(name string) bool { return name == p.name || strings.HasPrefix(p.name, name+"-") }
