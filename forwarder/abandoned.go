@@ -125,11 +125,9 @@ func (c *cleaner) delete(ctx context.Context, key pushgw.GroupingKey) error {
 	logger := f.cfg.Logger.With("group", key.String(), "gateway", c.gateway.String())
 	deleteCtx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 	defer cancel()
-	f.step("delete")
 	err := c.gateway.Delete(deleteCtx, key)
 	switch {
 	case err == nil:
-		f.step("deleted")
 		f.metrics.deletions.WithLabelValues(outcomeSuccess).Inc()
 		logger.InfoContext(ctx, "Abandoned group deleted: it is no longer configured")
 		c.told = ""
@@ -196,11 +194,4 @@ func (f *Forwarder) noted(ctx context.Context, err error) bool {
 	}
 	f.notes.Succeeded(ctx, "Ledger of groups written again")
 	return true
-}
-
-// step is for tests that end the process.
-func (f *Forwarder) step(name string) {
-	if f.cfg.Ledger != nil {
-		f.cfg.Ledger.step(name)
-	}
 }

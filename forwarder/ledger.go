@@ -41,8 +41,7 @@ const (
 type Ledger struct {
 	path  string // of the state directory
 	owner string
-	// step is called before each step of a write, a put and a delete. Tests end the
-	// process there.
+	// step is called before and after each write. Tests end the process there.
 	step func(string)
 
 	mu     sync.Mutex
