@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -332,6 +333,53 @@ func TestAbandonedOnAPushgatewayThatIsAway(t *testing.T) {
 	})
 }
 
+// TestPushgatewayThatWasNeverReached is one whose URL was wrong: no group can be there. When
+// one was put there earlier, or a put may have arrived, that is not so.
+func TestPushgatewayThatWasNeverReached(t *testing.T) {
+	noHost := &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Err: "no such host", Name: "old", IsNotFound: true}}
+	for _, tc := range []struct {
+		name    string
+		earlier bool
+		faults  []error
+		left    bool
+	}{
+		{"refused", false, []error{syscall.ECONNREFUSED}, false},
+		{"no such host", false, []error{fmt.Errorf("put: %w", noHost)}, false},
+		{"put earlier", true, []error{syscall.ECONNREFUSED}, true},
+		{"cut off", false, []error{syscall.ECONNREFUSED, &net.OpError{Op: "read", Err: syscall.ECONNRESET}, syscall.ECONNREFUSED}, true},
+		{"timed out", false, []error{context.DeadlineExceeded, syscall.ECONNREFUSED}, true},
+		{"status", false, []error{&pushgw.StatusError{Code: 400}, syscall.ECONNREFUSED}, true},
+	} {
+		for _, once := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				dir, h := t.TempDir(), newHubs()
+				if tc.earlier {
+					forward(t, owned(t, h, dir, "http://old"), time.Second)
+				}
+				n := 0
+				h.answer = func(context.Context, string, string) error {
+					n++
+					return tc.faults[min(n, len(tc.faults))-1]
+				}
+				s := owned(t, h, dir, "http://old")
+				s.OnStop = forwarder.Down
+				if once {
+					f, err := forwarder.New(s.Config)
+					if err != nil || f.Once(t.Context()) == nil {
+						t.Fatal(err)
+					}
+				} else {
+					forward(t, s, time.Minute)
+				}
+				b, err := os.ReadFile(filepath.Join(dir, "groups.json"))
+				if err != nil || strings.Contains(string(b), "http://old") != tc.left {
+					t.Errorf("%s, once %v: %v\n%s", tc.name, once, err, b)
+				}
+			})
+		}
+	}
+}
+
 // TestAbandonedRetryAfter has a Pushgateway that asks to be left alone.
 func TestAbandonedRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -455,8 +503,8 @@ func TestLedgerOnStop(t *testing.T) {
 	}
 }
 
-// TestOnceReportsWhatIsLeft has one Pushgateway that hangs and one that refuses: all is
-// tried once, within the push timeout, and what is configured is put.
+// TestOnceReportsWhatIsLeft has one Pushgateway that hangs and one that refuses, and is slow:
+// all is tried once, within the push timeout, and what is configured is put.
 func TestOnceReportsWhatIsLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, h := t.TempDir(), newHubs()
@@ -468,6 +516,11 @@ func TestOnceReportsWhatIsLeft(t *testing.T) {
 			case "http://hanging":
 				return hang(ctx, 0)
 			case "http://refusing":
+				select {
+				case <-time.After(6 * time.Second):
+				case <-ctx.Done():
+					return ctx.Err()
+				}
 				return &pushgw.StatusError{Op: "delete", URL: u, Code: 403}
 			}
 			return nil
