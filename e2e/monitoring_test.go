@@ -83,7 +83,7 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
 	jobs := batchHost{gateways: []string{gateway.URL, away}, stateDir: agent.stateDir}
 	const limits = `echo "batch_job_late_after_seconds 604800" >>"$PROMFERRY_METRICS_FILE"
 		echo "batch_job_stuck_after_seconds 3600" >>"$PROMFERRY_METRICS_FILE"`
-	for job, command := range map[string]string{"backup": limits, "broken": "exit 3"} {
+	for job, command := range map[string]string{"backup": limits, "report": "exit 3"} {
 		jobs.ferry(t, "", "run", "--job="+job, "--", "sh", "-c", command)
 	}
 	hangs, err := real.Start(real.Command{Path: promferry(t), Args: []string{"run", "--job=hangs", "--", "sleep", "600"}, Env: jobs.env()})
@@ -194,7 +194,7 @@ func checkRules(t *testing.T, p *real.PrometheusServer, file string) {
 		}
 		for _, r := range rules {
 			for _, a := range r.Alerts {
-				if r.Name == "BatchJobFailed" && a.State == "firing" && a.Annotations["summary"] == "the last run of broken on web-1 failed" {
+				if r.Name == "BatchJobFailed" && a.State == "firing" && a.Annotations["summary"] == "the last run of report on web-1 failed" {
 					return nil
 				}
 			}
