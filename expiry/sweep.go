@@ -38,6 +38,8 @@ type sweeper struct {
 	// expected is when, by the Pushgateway's clock, the sweep after the last one that listed
 	// was to be; back is when the Pushgateway was back from being away. Only sweep uses them.
 	expected, back time.Time
+	// listing is how long the last listing took. Only run and sweep use it.
+	listing time.Duration
 }
 
 func newSweeper(cfg *Config, g Gateway, m *metrics) *sweeper {
@@ -57,9 +59,11 @@ func (s *sweeper) run(ctx context.Context) {
 	}
 }
 
-// pause returns how long to wait after a sweep: a Pushgateway that is slow to list is not kept
-// busy with that for more than half of its time.
-func (s *sweeper) pause(took time.Duration) time.Duration { return max(s.cfg.Interval-took, took) }
+// pause returns how long to wait after a sweep that took so long: a Pushgateway that is slow to
+// list is not kept busy with that for more than half of its time.
+func (s *sweeper) pause(took time.Duration) time.Duration {
+	return max(s.cfg.Interval-took, s.listing)
+}
 
 // A verdict is what is to be done with a group.
 type verdict string
@@ -108,6 +112,7 @@ func (s *sweeper) sweep(ctx context.Context) error {
 	begin := time.Now()
 	s.status.began()
 	found, err := s.find(ctx)
+	s.listing = time.Since(begin)
 	if err == nil {
 		for _, state := range states {
 			s.metrics.groups.WithLabelValues(s.gateway.String(), state).Set(float64(found.groups[state]))
