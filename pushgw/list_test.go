@@ -80,7 +80,10 @@ func TestGroups(t *testing.T) {
 	if got, err := collect(t, serveListing(t, `{"status":"success","data":[]}`)); got != nil || err != nil {
 		t.Errorf("no group: %v, %v", got, err)
 	}
-	for range serveListing(t, listing).Groups(t.Context()) {
+	for _, err := range serveListing(t, listing).Groups(t.Context()) {
+		if err != nil {
+			t.Error(err)
+		}
 		break // One is enough: it must not be called again.
 	}
 }
@@ -100,11 +103,11 @@ func TestExpiresAfter(t *testing.T) {
 // TestBrokenListing has answers that are no listing, or not all of one.
 func TestBrokenListing(t *testing.T) {
 	for body, want := range map[string]string{
-		"":                              "it ends in the middle",
-		"<html><body>Hello</body>":      `want '{', got '<'`,
-		`{"status":"success"}`:          "it has no groups",
-		`{"status":"error","data":[]}`:  `its status is "error"`,
-		`{"status":"success","data":3}`: `want '[', got '3'`,
+		"":                                                    "it ends in the middle",
+		"<html><body>Hello</body>":                            `want '{', got '<'`,
+		`{"status":"success"}`:                                "it has no groups",
+		`{"status":"error","data":[]}`:                        `its status is "error"`,
+		`{"status":"success","data":3}`:                       `want '[', got '3'`,
 		`{"status":"success","data":[3]}`:                     `want '{', got '3'`,
 		`{"status":"success","data":[]}{}`:                    `want its end, got '{'`,
 		`{"status":"success","data":[{"labels":}]}`:           `want a value, got '}'`,
