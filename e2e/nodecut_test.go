@@ -133,7 +133,7 @@ func cutAndHeal(t *testing.T, lab *natlab.Lab, p *real.PrometheusServer) *outage
 	waitQuery(t, p, own, exactly(1))
 	waitEnded(t, p, alert("firing"))
 
-	until := now(t, p)
+	until := now(t, p) + 0.2 // so that the last step of changes is after what was waited for
 	next := func(what, promql string, after float64, is func(change) bool) float64 {
 		t.Helper()
 		all := changes(t, p, promql, o.cut-3, until)
@@ -192,7 +192,7 @@ func (o *outage) between(t *testing.T, what string, took, least, most float64) {
 }
 
 // alerting is the part of a Prometheus configuration that loads a copy of the alert rules, in
-// which only the times are shorter.
+// which only the times are shorter: for scrapes of a second, and not of 15.
 func alerting(t *testing.T) string {
 	t.Helper()
 	root, err := real.Root()
@@ -203,6 +203,7 @@ func alerting(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	text = regexp.MustCompile(`\[90s\]`).ReplaceAll(text, []byte("[6s]"))
 	text = regexp.MustCompile(`(?m)^(\s*for:).*`).ReplaceAll(text, fmt.Appendf(nil, "${1} %vs", alertFor))
 	text = regexp.MustCompile(`(?m)^(\s*(?:interval|keep_firing_for):).*`).ReplaceAll(text, []byte("${1} 1s"))
 	path := filepath.Join(t.TempDir(), "alerts.yml")
