@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/url"
 	"regexp"
 	"sync"
 	"time"
@@ -77,6 +78,12 @@ type Config struct {
 	Format exposition.Format
 	// Keep and Drop match names of families; nil keeps all, and drops none.
 	Keep, Drop *regexp.Regexp
+	// Ledger remembers the groups that are put, so that those that are no longer configured
+	// are deleted; nil remembers none.
+	Ledger *Ledger
+	// GatewayAt returns the Pushgateway at a URL of the ledger, which is not configured any
+	// more. It is needed with a Ledger.
+	GatewayAt func(*url.URL) Gateway
 	// Version is this program's, for promferry_info.
 	Version string
 	// Heartbeat is how often OnHeartbeat is called. Zero means never.
@@ -95,7 +102,10 @@ type Forwarder struct {
 	metrics *metrics
 	targets []*pushTarget
 	workers []*worker
-	status  status
+	// keys are those of all targets' groups.
+	keys   []pushgw.GroupingKey
+	status status
+	notes  faultlog.Log
 }
 
 // pushTarget is a target with its group and the state of its cycles.
@@ -114,6 +124,7 @@ type pushTarget struct {
 // be put.
 func New(cfg Config) (*Forwarder, error) {
 	f := &Forwarder{cfg: cfg, metrics: newMetrics(cfg.Registerer, cfg.Targets, cfg.Gateways)}
+	f.notes.Logger = cfg.Logger
 	f.status.targets, f.status.gateways = len(cfg.Targets), len(cfg.Gateways)
 	for _, t := range cfg.Targets {
 		labels := map[string]string{model.InstanceLabel: cfg.Instance}
@@ -134,6 +145,7 @@ func New(cfg Config) (*Forwarder, error) {
 			return nil, fmt.Errorf("target %s: %w", t, err)
 		}
 		f.targets = append(f.targets, pt)
+		f.keys = append(f.keys, pt.key)
 	}
 	for _, g := range cfg.Gateways {
 		f.workers = append(f.workers, newWorker(f, g))
@@ -148,6 +160,8 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	cleaners := f.openLedger(ctx)
+	defer f.cfg.Ledger.close()
 	// What is in flight when ctx ends goes on: a scrape for half of the budget, so that
 	// there is time to put, a put for all of it.
 	work, cut := context.WithCancel(context.WithoutCancel(ctx))
@@ -169,7 +183,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		}
 	}
 
-	var workers, first sync.WaitGroup
+	var workers, first, cleaning sync.WaitGroup
 	for _, w := range f.workers {
 		workers.Go(func() {
 			w.run(work)
@@ -178,6 +192,11 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	}
 	for _, t := range f.targets {
 		first.Go(func() { cycles.run(func() { _ = f.cycle(scrapes, t) }) })
+	}
+	for _, c := range cleaners {
+		cleaning.Go(func() {
+			c.run(ctx, func(t *pushTarget) { cycles.run(func() { _ = f.cycle(scrapes, t) }) })
+		})
 	}
 	scheduler.Start()
 
@@ -190,6 +209,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	// Before the scheduler, which would wait for them in a loop that takes a whole core.
 	cycles.close()
 	first.Wait()
+	cleaning.Wait()
 	if err := scheduler.Shutdown(); err != nil {
 		f.cfg.Logger.Warn("Scheduler did not end in time", "err", err)
 	}
@@ -200,8 +220,12 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	return nil
 }
 
-// Once does one cycle of each target. It returns all that went wrong.
+// Once tries once to delete each group that is no longer configured, within PushTimeout in
+// all, and does one cycle of each target. It returns all that went wrong.
 func (f *Forwarder) Once(ctx context.Context) error {
+	cleaners := f.openLedger(ctx)
+	defer f.cfg.Ledger.close()
+	cleaned := f.cleanOnce(ctx, cleaners)
 	errs := make([]error, len(f.targets)+len(f.workers))
 	var all sync.WaitGroup
 	for i, t := range f.targets {
@@ -216,13 +240,13 @@ func (f *Forwarder) Once(ctx context.Context) error {
 		})
 	}
 	all.Wait()
-	return errors.Join(errs...)
+	return errors.Join(append(errs, cleaned)...)
 }
 
 // DryRun does one cycle of each target, but writes to w, as text, what it would have put
-// and to which group.
+// and to which group, and which groups it would have deleted.
 func (f *Forwarder) DryRun(ctx context.Context, w io.Writer) error {
-	var errs []error
+	errs := []error{f.printAbandoned(w)}
 	for _, t := range f.targets {
 		c := f.scrape(ctx, t)
 		errs = append(errs, c.err)

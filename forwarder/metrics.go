@@ -18,6 +18,12 @@ const (
 
 var putReasons = []string{putRefused, putTimeout, putStatus, putInvalid, putOther}
 
+// The outcomes of promferry_forwarder_abandoned_group_deletions_total.
+const (
+	outcomeSuccess = "success"
+	outcomeFailure = "failure"
+)
+
 // metrics are the forwarder's own. The label target is the target's job, the label
 // gateway the Pushgateway's URL: the configuration bounds both.
 type metrics struct {
@@ -31,6 +37,9 @@ type metrics struct {
 	refused        *prometheus.GaugeVec
 	lastPut        *prometheus.GaugeVec
 	putDuration    *prometheus.HistogramVec
+	abandoned      prometheus.Gauge
+	deletions      *prometheus.CounterVec
+	ledgerFailures prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer, targets []target.Target, gateways []Gateway) *metrics {
@@ -59,8 +68,17 @@ func newMetrics(r prometheus.Registerer, targets []target.Target, gateways []Gat
 			Help:    "How long puts took, the failed ones included.",
 			Buckets: []float64{.005, .025, .1, .25, 1, 2.5, 10, 30},
 		}, []string{"gateway"}),
+		abandoned: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "promferry_forwarder_abandoned_groups", Help: "Groups that earlier runs put, that are no longer configured, and that are still to be deleted.",
+		}),
+		deletions: counter("promferry_forwarder_abandoned_group_deletions_total", "Tries to delete such groups.", "outcome"),
+		ledgerFailures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "promferry_forwarder_ledger_failures_total", Help: "Failures to read or write the ledger of the groups that this agent put.",
+		}),
 	}
-	r.MustRegister(m.putDuration)
+	r.MustRegister(m.putDuration, m.abandoned, m.ledgerFailures)
+	m.deletions.WithLabelValues(outcomeSuccess)
+	m.deletions.WithLabelValues(outcomeFailure)
 	for _, t := range targets {
 		m.scrapes.WithLabelValues(t.Job)
 		m.skipped.WithLabelValues(t.Job)

@@ -28,6 +28,8 @@ type worker struct {
 	faults    map[*pushTarget]*faultlog.Log
 	running   stopwatch
 	wake      chan struct{}
+	// noted tells that the groups are in the ledger. It is used while putting only.
+	noted bool
 
 	mu      sync.Mutex
 	pending map[*pushTarget]*try
@@ -198,6 +200,9 @@ func (w *worker) send(ctx context.Context, c *contents) error {
 	f := w.forwarder
 	body, err := c.body(w.refusedOf(c.target))
 	if err == nil {
+		if !w.noted {
+			w.noted = f.note(ctx, w.gateway)
+		}
 		ctx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 		defer cancel()
 		begin := time.Now()
@@ -293,6 +298,8 @@ func (w *worker) leave(ctx context.Context) {
 			ctx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 			if err := w.gateway.Delete(ctx, t.key); err != nil {
 				w.faults[t].Failed(ctx, "Group not deleted", err)
+			} else {
+				f.forget(ctx, w.gateway.String(), t.key)
 			}
 			cancel()
 		case Keep:

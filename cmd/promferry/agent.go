@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -40,8 +41,8 @@ import (
 const shutdownBudget = 20 * time.Second
 
 const (
-	onceHelp   = "Scrape and put once, and exit: 0 when all went well, 1 otherwise. Nothing is done on stop, and the groups have no expiry unless --push.expires-after is set."
-	dryRunHelp = "Scrape once, print what would be put and to which group, and put nothing."
+	onceHelp   = "Scrape and put once, and exit: 0 when all went well, 1 otherwise. Nothing is done on stop, and the groups have no expiry unless --push.expires-after is set. What the run before it put and this one does not is deleted: runs with different targets each need a --state.dir of their own."
+	dryRunHelp = "Scrape once, print what would be put and to which group and which groups would be deleted, and do neither."
 )
 
 // agentCommand is promferry agent.
@@ -92,6 +93,8 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	var forward *forwarder.Forwarder
 	var reversePull *pull
 	cfg := a.config(scrapeClient, pushClient, logger, registry)
+	var noLedger error
+	cfg.Ledger, noLedger = a.ledger()
 	if !a.once && !a.dryRun {
 		cfg.Heartbeat = notifier.interval()
 		cfg.OnHeartbeat = func() { notifier.alive(strings.TrimSuffix(reversePull.sentence()+a.forwarding(forward), "; ")) }
@@ -132,6 +135,9 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		err := forward.Once(ctx)
 		deliver.Once(ctx)
 		return err
+	}
+	if noLedger != nil {
+		logger.Warn("No ledger of groups: those that are no longer configured after a restart are not deleted", "err", noLedger)
 	}
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.WebListenAddress.value)
 	if err != nil {
@@ -211,6 +217,7 @@ func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logg
 		Version:        version.Version,
 		Logger:         logger,
 		Registerer:     r,
+		GatewayAt:      func(u *url.URL) forwarder.Gateway { return pushgw.New(u, push) },
 	}
 	for _, u := range s.PushUrls.value {
 		cfg.Gateways = append(cfg.Gateways, pushgw.New(u.URL, push))
@@ -222,6 +229,23 @@ func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logg
 		cfg.ExpiresAfter = 0 // Nobody knows when the next one comes.
 	}
 	return cfg
+}
+
+// machineIDFile has the host's identity, see machine-id(5).
+var machineIDFile = "/etc/machine-id"
+
+// ledger returns where the groups that are put are noted; nil, and why, when the host cannot
+// be told from a copy of it.
+func (a *agentCommand) ledger() (*forwarder.Ledger, error) {
+	id, err := os.ReadFile(machineIDFile)
+	if err != nil {
+		return nil, fmt.Errorf("%w; in a container, mount the host's there, to be read only", err)
+	}
+	l, err := forwarder.NewLedger(a.settings.StateDir.value, a.settings.LockFile.value, string(id))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", machineIDFile, err)
+	}
+	return l, nil
 }
 
 // lock takes the lock, in a state directory that it makes when there is none.

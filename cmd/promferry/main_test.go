@@ -26,7 +26,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"promferry": main})
+	testscript.Main(m, map[string]func(){"promferry": func() {
+		machineIDFile = os.Getenv("MACHINE_ID_FILE")
+		main()
+	}})
 }
 
 // TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
@@ -77,6 +80,11 @@ func TestScripts(t *testing.T) {
 			env.Defer(refusing.Close)
 			closed := httptest.NewServer(nil)
 			closed.Close()
+			machineID := filepath.Join(env.WorkDir, "machine-id")
+			if err := os.WriteFile(machineID, []byte("0123456789abcdef0123456789abcdef\n"), 0o600); err != nil {
+				return err
+			}
+			env.Setenv("MACHINE_ID_FILE", machineID)
 			env.Setenv("GORACE", "atexit_sleep_ms=0") // A second, else, at each end of a process.
 			env.Setenv("EXPORTER", exporter.URL)
 			env.Setenv("GATEWAY", gateway.URL)
