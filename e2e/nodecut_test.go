@@ -39,7 +39,8 @@ const (
 	expiresAfter = 2*forwarded + pushTimeout
 	swept        = 1.0 // the interval of promferry expire
 	scraped      = 1.0 // Prometheus's interval, its timeout, and that of its rules
-	alertFor     = 2.0 // in the copy of the rules
+	alertFor     = 2.0 // in the copy of the rules, and the next
+	lookBack     = 6.0 // of the alert, for a sign of life
 	dateStep     = 1.0 // the Date header's: a Pushgateway's time may be that much behind
 	slack        = 3.0
 )
@@ -120,7 +121,7 @@ func cutAndHeal(t *testing.T, lab *natlab.Lab, p *real.PrometheusServer) *outage
 	alert := func(state string) string {
 		return fmt.Sprintf(`ALERTS{alertname=%q,job="node",instance="web-1",alertstate=%q}`, nodeDown, state)
 	}
-	waitQuery(t, p, "count_over_time(up"+node+"[1m])", above(2))
+	waitQuery(t, p, "count_over_time(up"+node+"[1m])", above(3)) // for as long as is looked at
 	waitQuery(t, p, "up"+node, exactly(1))
 	waitQuery(t, p, own, exactly(1))
 
@@ -165,7 +166,7 @@ func cutAndHeal(t *testing.T, lab *natlab.Lab, p *real.PrometheusServer) *outage
 	if o.ended != o.down || o.back != o.up {
 		t.Errorf("the series end %.1f s after up 0 and are back %.1f s after up 1, want the same scrapes", o.ended-o.down, o.back-o.up)
 	}
-	o.between(t, "the alert, after up 0", o.fired-o.down, alertFor, alertFor+2*scraped+slack)
+	o.between(t, "the alert, after up 0", o.fired-o.down, alertFor, lookBack+alertFor+2*scraped+slack)
 	o.between(t, "its end, after up 1", o.resolved-o.up, 0, 2*scraped+slack)
 	return o
 }
@@ -203,7 +204,7 @@ func alerting(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text = regexp.MustCompile(`\[90s\]`).ReplaceAll(text, []byte("[6s]"))
+	text = regexp.MustCompile(`\[90s\]`).ReplaceAll(text, fmt.Appendf(nil, "[%vs]", lookBack))
 	text = regexp.MustCompile(`(?m)^(\s*for:).*`).ReplaceAll(text, fmt.Appendf(nil, "${1} %vs", alertFor))
 	text = regexp.MustCompile(`(?m)^(\s*(?:interval|keep_firing_for):).*`).ReplaceAll(text, []byte("${1} 1s"))
 	path := filepath.Join(t.TempDir(), "alerts.yml")

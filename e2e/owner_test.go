@@ -227,8 +227,11 @@ func TestOwnerSwitchesToPull(t *testing.T) {
 			}
 			a = startAgentAt(t, a.stateDir, flags...)
 			waitOnly(t, gateway, "backup/web-1")
-			// Prometheus writes this one of what it scrapes itself.
-			waitQuery(t, prometheus, fmt.Sprintf(`timestamp(scrape_samples_post_metric_relabeling{job="node"}) > %f`, began), above(began))
+			// Until the Pushgateway was scraped without the group, which ends its series, and the
+			// target after that. Prometheus writes this metric of what it scrapes itself.
+			const scrapes = `timestamp(scrape_samples_post_metric_relabeling{job="%s"}) > %f`
+			waitQuery(t, prometheus, fmt.Sprintf(scrapes, "pushgateway", began+1), above(began))
+			waitQuery(t, prometheus, fmt.Sprintf(scrapes, "node", now(t, prometheus)), above(began))
 			waitQuery(t, prometheus, dashboard, above(-1))
 			after, err := prometheus.Query(t.Context(), dashboard)
 			if err != nil || len(before) != 1 || len(after) != 1 || !maps.Equal(before[0].Labels, after[0].Labels) {
@@ -245,7 +248,7 @@ func TestOwnerSwitchesToPull(t *testing.T) {
 // two intervals.
 func checkGap(t *testing.T, p *real.PrometheusServer, promql string, from float64) {
 	t.Helper()
-	points := queryRange(t, p, promql, from, now(t, p), 1)
+	points := queryRange(t, p, promql, from, now(t, p)+1, 1) // with a point of the last sample
 	longest := 0.0
 	for i := 1; i < len(points); i++ {
 		longest = max(longest, points[i].at-points[i-1].at-1)
