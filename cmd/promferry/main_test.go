@@ -299,10 +299,11 @@ The files that settings of the agent name are read again on SIGHUP and on a POST
 the log and in promferry_agent_last_reload_successful.
 `)
 	flags := map[string]string{
-		"agent": "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
-		"run":   "| `--no-overlap` | | | " + noOverlapHelp + " |\n| `--no-start-push` | | | " + noStartPushHelp + " |\n",
-		"push":  "| `--add` | | | " + addHelp + " |\n",
-		"flush": "| `--list` | | | " + listHelp + " |\n",
+		"agent":  "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
+		"expire": "| `--once` | | | " + expireOnceHelp + " |\n| `--dry-run` | | | " + expireDryRunHelp + " |\n",
+		"run":    "| `--no-overlap` | | | " + noOverlapHelp + " |\n| `--no-start-push` | | | " + noStartPushHelp + " |\n",
+		"push":   "| `--add` | | | " + addHelp + " |\n",
+		"flush":  "| `--list` | | | " + listHelp + " |\n",
 	}
 	commands, _ := newCommands(kingpin.New("promferry", ""))
 	for _, c := range commands {
