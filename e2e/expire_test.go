@@ -110,8 +110,12 @@ func TestExpireAgentStops(t *testing.T) {
 		end()
 		waitQuery(t, prometheus, "up"+node, exactly(0))
 		waitEnded(t, prometheus, `{__name__=~"node_.*"}`)
-		down := changes(t, prometheus, "up"+node, began-1, now(t, prometheus))
-		return down[len(down)-1].at - began
+		all := changes(t, prometheus, "up"+node, began-1, now(t, prometheus)+0.2)
+		last := all[len(all)-1]
+		if last.gone || last.value != 0 {
+			t.Fatalf("up was %v, and not 0 at last", all)
+		}
+		return last.at - began
 	}
 	steps := []struct {
 		name string
@@ -309,8 +313,8 @@ func TestExpireOnce(t *testing.T) {
 	silent := map[string]string{"job": "node", "instance": "silent"}
 	put(t, gateway, "/metrics/job/node/instance/silent", nodeGroup("1"))
 	put(t, gateway, "/metrics/job/node/instance/live", nodeGroup("3600"))
-	put(t, gateway, "/metrics/job/node/instance/cron", "node_load1 1\n")
-	put(t, gateway, "/metrics/job/node/instance/odd", "up 1\n"+expires+" NaN\n")
+	put(t, gateway, "/metrics/job/node/instance/cron", "# TYPE node_load1 gauge\nnode_load1 1\n")
+	put(t, gateway, "/metrics/job/node/instance/odd", strings.Replace(nodeGroup("NaN"), "node_load1", "node_load5", 2))
 	put(t, gateway, "/metrics/job/other/path@base64/L3Zhci90bXA/instance/a", "a 1\n")
 	old := time.Now()
 	begin := groupsOf(t, gateway)
@@ -345,6 +349,18 @@ func TestExpireOnce(t *testing.T) {
 			checkOnly(t, before, groupsOf(t, gateway))
 		}},
 		{"forgotten", func(t *testing.T) {
+			g, err := group(t.Context(), gateway, silent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			waitAge(t, time.Unix(int64(number(t, g, "push_time_seconds")), 0), 3*time.Second) // since it was put down
+			if status, _, stderr := runExpire(t, to, "--once", "--forget-after=1m"); status != 0 {
+				t.Errorf("status %d: %s", status, stderr)
+			}
+			checkOnly(t, begin, groupsOf(t, gateway), silent)
+			if _, err := group(t.Context(), gateway, silent); err != nil {
+				t.Errorf("too soon: %v", err)
+			}
 			if status, _, stderr := runExpire(t, to, "--once", "--forget-after=1s"); status != 0 {
 				t.Errorf("status %d: %s", status, stderr)
 			}
@@ -369,7 +385,7 @@ func TestExpireOnce(t *testing.T) {
 func prune(t *testing.T, gateway *real.Gateway, old time.Time) {
 	const age = 4 * time.Second
 	waitAge(t, old, age+2*time.Second)
-	put(t, gateway, "/metrics/job/node/instance/young", "node_load1 1\n")
+	put(t, gateway, "/metrics/job/node/instance/young", "# TYPE node_load1 gauge\nnode_load1 1\n")
 	before := groupsOf(t, gateway)
 	flags := []string{"prune", "--push.url=" + gateway.URL, "--older-than=" + age.String()}
 	for _, test := range []struct {
