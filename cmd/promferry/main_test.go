@@ -301,9 +301,11 @@ the log and in promferry_agent_last_reload_successful.
 	flags := map[string]string{
 		"agent":  "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
 		"expire": "| `--once` | | | " + expireOnceHelp + " |\n| `--dry-run` | | | " + expireDryRunHelp + " |\n",
-		"run":    "| `--no-overlap` | | | " + noOverlapHelp + " |\n| `--no-start-push` | | | " + noStartPushHelp + " |\n",
-		"push":   "| `--add` | | | " + addHelp + " |\n",
-		"flush":  "| `--list` | | | " + listHelp + " |\n",
+		pruneName: "| `--older-than` | | | " + olderThanHelp + " |\n| `--match` | | | " + matchHelp + " |\n| `--all` | | | " + allHelp + " |\n" +
+			"| `--yes` | | | " + yesHelp + " |\n| `--dry-run` | | | " + pruneDryRunHelp + " |\n",
+		"run":   "| `--no-overlap` | | | " + noOverlapHelp + " |\n| `--no-start-push` | | | " + noStartPushHelp + " |\n",
+		"push":  "| `--add` | | | " + addHelp + " |\n",
+		"flush": "| `--list` | | | " + listHelp + " |\n",
 	}
 	commands, _ := newCommands(kingpin.New("promferry", ""))
 	for _, c := range commands {
