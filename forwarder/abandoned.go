@@ -125,11 +125,9 @@ func (c *cleaner) delete(ctx context.Context, key pushgw.GroupingKey) error {
 	logger := f.cfg.Logger.With("group", key.String(), "gateway", c.gateway.String())
 	deleteCtx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 	defer cancel()
-	f.step("delete")
 	err := c.gateway.Delete(deleteCtx, key)
 	switch {
 	case err == nil:
-		f.step("deleted")
 		f.metrics.deletions.WithLabelValues(outcomeSuccess).Inc()
 		logger.InfoContext(ctx, "Abandoned group deleted: it is no longer configured")
 		c.told = ""
@@ -174,33 +172,18 @@ func (f *Forwarder) printAbandoned(w io.Writer) error {
 	return nil
 }
 
-// note notes the groups of all targets before they are put to g: all at once, as each write
-// takes its time. It tells whether that was done. Where it was not, they are put all the
-// same, as metrics are worth more than the note.
-func (f *Forwarder) note(ctx context.Context, g Gateway) bool {
-	return f.noted(ctx, f.cfg.Ledger.own(g.String(), f.keys))
-}
-
 // forget takes groups off the ledger that were deleted. Where that fails, they are deleted
 // once more later.
 func (f *Forwarder) forget(ctx context.Context, gateway string, keys ...pushgw.GroupingKey) {
-	f.noted(ctx, f.cfg.Ledger.forget(gateway, keys...))
+	f.tellLedger(ctx, f.cfg.Ledger.forget(gateway, keys...))
 }
 
-// noted counts and logs how a write of the ledger went.
-func (f *Forwarder) noted(ctx context.Context, err error) bool {
+// tellLedger counts and logs how a write of the ledger went.
+func (f *Forwarder) tellLedger(ctx context.Context, err error) {
 	if err != nil {
 		f.metrics.ledgerFailures.Inc()
 		f.notes.Failed(ctx, "Ledger of groups not written: what is put now may be left behind when it is configured no more", err)
-		return false
+		return
 	}
 	f.notes.Succeeded(ctx, "Ledger of groups written again")
-	return true
-}
-
-// step is for tests that end the process.
-func (f *Forwarder) step(name string) {
-	if f.cfg.Ledger != nil {
-		f.cfg.Ledger.step(name)
-	}
 }

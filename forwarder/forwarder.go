@@ -188,6 +188,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		workers.Go(func() {
 			w.run(work)
 			w.leave(work) // As soon as it can: no gateway waits for another.
+			w.unnote(work)
 		})
 	}
 	for _, t := range f.targets {
@@ -236,6 +237,7 @@ func (f *Forwarder) Once(ctx context.Context) error {
 		w.close(true)
 		all.Go(func() {
 			w.run(ctx)
+			w.unnote(ctx)
 			errs[len(f.targets)+i] = w.lastErrors()
 		})
 	}

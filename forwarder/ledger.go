@@ -41,8 +41,7 @@ const (
 type Ledger struct {
 	path  string // of the state directory
 	owner string
-	// step is called before each step of a write, a put and a delete. Tests end the
-	// process there.
+	// step is called before and after each write. Tests end the process there.
 	step func(string)
 
 	mu     sync.Mutex
@@ -192,11 +191,11 @@ func (l *Ledger) read(open func(name string) (*os.File, error)) (map[string]grou
 	return read, nil
 }
 
-// own notes groups that are to be put to a Pushgateway. When it returns nil they are known
-// after a loss of power, too.
-func (l *Ledger) own(gateway string, keys []pushgw.GroupingKey) error {
+// own notes groups that are to be put to a Pushgateway, and returns those that were not
+// noted before. When it returns no error they are known after a loss of power, too.
+func (l *Ledger) own(gateway string, keys []pushgw.GroupingKey) (added []pushgw.GroupingKey, err error) {
 	if l == nil {
-		return nil
+		return nil, nil
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -207,9 +206,10 @@ func (l *Ledger) own(gateway string, keys []pushgw.GroupingKey) error {
 		if _, ok := l.groups[gateway][key.String()]; !ok {
 			l.groups[gateway][key.String()] = key
 			l.unsaved = true
+			added = append(added, key)
 		}
 	}
-	return l.save()
+	return added, l.save()
 }
 
 // forget takes groups off that have been deleted.

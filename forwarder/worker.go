@@ -3,6 +3,7 @@ package forwarder
 import (
 	"context"
 	"errors"
+	"net"
 	"sync"
 	"time"
 
@@ -28,8 +29,11 @@ type worker struct {
 	faults    map[*pushTarget]*faultlog.Log
 	running   stopwatch
 	wake      chan struct{}
-	// noted tells that the groups are in the ledger. It is used while putting only.
-	noted bool
+	// noted tells that the groups are in the ledger, added are those that were not before,
+	// and reached tells that a put may have arrived. They are used while putting only.
+	noted   bool
+	added   []pushgw.GroupingKey
+	reached bool
 
 	mu      sync.Mutex
 	pending map[*pushTarget]*try
@@ -200,19 +204,45 @@ func (w *worker) send(ctx context.Context, c *contents) error {
 	f := w.forwarder
 	body, err := c.body(w.refusedOf(c.target))
 	if err == nil {
-		if !w.noted {
-			w.noted = f.note(ctx, w.gateway)
-		}
+		w.note(ctx)
 		ctx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 		defer cancel()
 		begin := time.Now()
 		w.running.start()
 		err = w.gateway.Put(ctx, c.target.key, body)
 		w.running.stop()
+		w.reached = w.reached || !neverSent(err)
 		f.metrics.putDuration.WithLabelValues(w.gateway.String()).Observe(time.Since(begin).Seconds())
 	}
 	w.tell(ctx, c.target, err)
 	return err
+}
+
+// note notes the groups of all targets before the first put: all at once, as each write
+// takes its time. Where that fails they are put all the same, as metrics are worth more than
+// the note, and it is tried again before the next put.
+func (w *worker) note(ctx context.Context) {
+	if w.noted {
+		return
+	}
+	added, err := w.forwarder.cfg.Ledger.own(w.gateway.String(), w.forwarder.keys)
+	w.added = append(w.added, added...)
+	w.noted = err == nil
+	w.forwarder.tellLedger(ctx, err)
+}
+
+// unnote takes off the ledger what note added, if nothing reached the Pushgateway, as when
+// its URL is wrong: it would be tried to be deleted there for ever.
+func (w *worker) unnote(ctx context.Context) {
+	if !w.reached && len(w.added) > 0 {
+		w.forwarder.forget(ctx, w.gateway.String(), w.added...)
+	}
+}
+
+// neverSent tells whether err, of a put, says that there was no connection to send it over.
+func neverSent(err error) bool {
+	oe, ok := errors.AsType[*net.OpError](err)
+	return pushgw.IsRefused(err) || ok && oe.Op == "dial"
 }
 
 // tell counts and logs how a put went.
