@@ -93,7 +93,7 @@ func TestExpireAgentStops(t *testing.T) {
 	t.Parallel()
 	gateway := startPushgateway(t)
 	backup := runBackup(t, gateway)
-	expire := startExpire(t, gateway)
+	startExpire(t, gateway)
 	exporter := startExporter(t)
 	prometheus := startPrometheus(t, gateway)
 	a := startAgent(t, "--instance=web-1", "--push.target=node="+exporter.URL+"/metrics", "--push.url="+gateway.URL)
@@ -147,39 +147,19 @@ func TestExpireAgentStops(t *testing.T) {
 			arrives(t)
 		}},
 		{"restarted", func(t *testing.T) {
-			since := now(t, prometheus)
 			puts := pushTime(t, gateway)
-			began := time.Now()
-			a.stop(t)
-			if err := a.Restart(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			wait(t, "the first put after the restart", func(ctx context.Context) error {
-				g, err := group(ctx, gateway, jobLabels("node"))
-				if err == nil && (value(g, "up") != "1" || number(t, g, "push_time_seconds") <= puts) {
-					err = fmt.Errorf("up is %s", value(g, "up"))
+			restarts(t, prometheus, func() {
+				a.stop(t)
+				if err := a.Restart(t.Context()); err != nil {
+					t.Fatal(err)
 				}
-				return err
+				waitGroup(t, gateway, jobLabels("node"), func(g real.Group) error {
+					if value(g, "up") != "1" || number(t, g, "push_time_seconds") <= puts {
+						return errors.New("not put since the restart")
+					}
+					return nil
+				})
 			})
-			gap := time.Since(began).Seconds()
-			// For longer than what it put at its stop is good.
-			waitSweeps(t, expire, expiresAfter+2)
-			arrives(t)
-			var downs []sampled
-			for _, s := range stored(t, prometheus, "up"+node) {
-				if s.at > since && s.value != 1 {
-					downs = append(downs, s)
-				}
-			}
-			t.Logf("a restart of %.1f s: up was 0 in %d scrapes", gap, len(downs))
-			if most := int(math.Ceil(gap / scraped)); len(downs) > most {
-				t.Errorf("a restart of %.1f s: up was 0 in %d scrapes, %v", gap, len(downs), downs)
-			}
-			for _, s := range downs {
-				if s.at > unixTime(began)+gap {
-					t.Errorf("up was 0 again %.1f s after the first put", s.at-unixTime(began)-gap)
-				}
-			}
 		}},
 	}
 	for _, step := range steps {
@@ -187,6 +167,31 @@ func TestExpireAgentStops(t *testing.T) {
 			return
 		}
 		backup.check(t)
+	}
+}
+
+// restarts checks that while a node's agent is restarted, and for longer than what it puts is
+// good, up is 0 in no scrape but those that restart took, and one at most when it took no longer.
+func restarts(t *testing.T, p *real.PrometheusServer, restart func()) {
+	t.Helper()
+	began := now(t, p)
+	restart()
+	back := now(t, p)
+	after := fmt.Sprintf("timestamp(up%s) > %f", node, back+expiresAfter+dateStep+swept)
+	waitQuery(t, p, after, above(back))
+	took, downs := back-began, 0
+	for _, s := range stored(t, p, "up"+node) {
+		if s.at < began || s.value == 1 {
+			continue
+		}
+		downs++
+		if s.at > back {
+			t.Errorf("up was 0 again %.1f s after the restart", s.at-back)
+		}
+	}
+	t.Logf("a restart that took %.1f s: up was 0 in %d scrapes", took, downs)
+	if most := int(math.Ceil(took / scraped)); downs > most {
+		t.Errorf("a restart that took %.1f s: up was 0 in %d scrapes, want %d at most", took, downs, most)
 	}
 }
 

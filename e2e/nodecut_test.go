@@ -88,8 +88,8 @@ func TestNodeCutPull(t *testing.T) {
 	t.Parallel()
 	lab := natlab.New(t)
 	startExporterAt(t, lab.Worker, exporterAddr)
-	startProxy(t, lab)
-	startClient(t, lab, []string{"node=http://" + exporterAddr + "/metrics"})
+	proxy := startProxy(t, lab)
+	client := startClient(t, lab, []string{"node=http://" + exporterAddr + "/metrics"})
 	prometheus := startPrometheusIn(t, lab.Hub, prometheusAddr, discovered+alerting(t))
 
 	o := cutAndHeal(t, lab, prometheus)
@@ -98,6 +98,14 @@ func TestNodeCutPull(t *testing.T) {
 	// A client that has failed to connect waits 10 s at most, and a SYN that was lost is sent
 	// again after 4 s at most in that time.
 	o.between(t, "up 1, after the heal", o.up-o.healed, -scraped, 10+4+scraped+slack)
+
+	restarts(t, prometheus, func() {
+		if err := client.Stop(); err != nil {
+			t.Error(err)
+		}
+		client.restart(t)
+		proxy.waitSum(t, above(0), "promferry_proxy_lines", "kind", "ptth")
+	})
 }
 
 // An outage is what Prometheus saw of a node's cut and heal: times in Unix seconds.
