@@ -112,7 +112,7 @@ func (c *Client) Groups(ctx context.Context) iter.Seq2[Group, error] {
 		}
 		defer func() { _ = resp.Body.Close() }()
 		body := &failing{r: resp.Body}
-		err = readListing(body, func(g Group) error {
+		err = scanListing(newScanner(body), func(g Group) error {
 			if !yield(g, nil) {
 				return errStop
 			}
@@ -160,9 +160,8 @@ func (c *Client) get(ctx context.Context, path string) (*http.Response, error) {
 	return resp, err
 }
 
-// readListing reads the answer to /api/v1/metrics.
-func readListing(r io.Reader, each func(Group) error) error {
-	s := newScanner(r)
+// scanListing reads the answer to /api/v1/metrics.
+func scanListing(s *scanner, each func(Group) error) error {
 	status, listed := "", false
 	err := s.object(func(name []byte) error {
 		switch string(name) {
