@@ -96,7 +96,9 @@ func TestExpireAgentStops(t *testing.T) {
 	startExpire(t, gateway)
 	exporter := startExporter(t)
 	prometheus := startPrometheus(t, gateway)
-	a := startAgent(t, "--instance=web-1", "--push.target=node="+exporter.URL+"/metrics", "--push.url="+gateway.URL)
+	flags := []string{"--push.target=node=" + exporter.URL + "/metrics", "--push.url=" + gateway.URL}
+	a := startAgent(t, append(flags, "--instance=web-1")...)
+	startAgent(t, append(flags, "--instance=web-2")...) // lives all the time
 	arrives := func(t *testing.T) {
 		t.Helper()
 		waitQuery(t, prometheus, "up"+node, exactly(1))
@@ -109,7 +111,7 @@ func TestExpireAgentStops(t *testing.T) {
 		began := unixTime(time.Now())
 		end()
 		waitQuery(t, prometheus, "up"+node, exactly(0))
-		waitEnded(t, prometheus, `{__name__=~"node_.*"}`)
+		waitEnded(t, prometheus, `{__name__=~"node_.*",instance="web-1"}`)
 		all := changes(t, prometheus, "up"+node, began-1, now(t, prometheus)+0.2)
 		last := all[len(all)-1]
 		if last.gone || last.value != 0 {
@@ -167,6 +169,15 @@ func TestExpireAgentStops(t *testing.T) {
 			return
 		}
 		backup.check(t)
+	}
+	for _, s := range stored(t, prometheus, `up{job="node",instance="web-2"}`) {
+		if s.value != 1 {
+			t.Errorf("the other agent was %v at %f", s.value, s.at)
+		}
+	}
+	// As it does at each scrape when two groups have a metric with another HELP each.
+	if log := gateway.Stderr(); strings.Contains(log, "inconsistent help") {
+		t.Errorf("the Pushgateway's log:\n%s", tail(log, 8<<10))
 	}
 }
 

@@ -113,39 +113,53 @@ func TestOwnerLeaves(t *testing.T) {
 	}
 }
 
-// TestOwnerOfAGatewayThatWasAway moves an agent to another Pushgateway while the old one is away,
-// and kills it before that one is back.
+// TestOwnerOfAGatewayThatWasAway moves an agent away from a Pushgateway that does not answer, and
+// kills it twice before that one is back.
 func TestOwnerOfAGatewayThatWasAway(t *testing.T) {
 	t.Parallel()
-	old := startPushgateway(t, "--persistence.file="+filepath.Join(t.TempDir(), "groups"))
-	to := startPushgateway(t)
-	backup := runBackup(t, old)
-	flags := []string{"--instance=web-1", "--push.target=node=" + serve(t, expose(textType, "a 1\n"))}
-	a := startAgent(t, append(flags, "--push.url="+old.URL)...)
-	waitOnly(t, old, "node/web-1", "backup/web-1")
-	a.Kill()
-	if err := old.Stop(); err != nil { // saves what it has
-		t.Fatal(err)
-	}
+	target := "node=" + serve(t, expose(textType, "a 1\n"))
+	for name, pull := range map[string]bool{"to another": false, "to pull": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			old := startPushgateway(t, "--persistence.file="+filepath.Join(t.TempDir(), "groups"))
+			to := startPushgateway(t)
+			backup := runBackup(t, old)
+			a := startAgent(t, "--instance=web-1", "--push.target="+target, "--push.url="+old.URL)
+			waitOnly(t, old, "node/web-1", "backup/web-1")
+			a.Kill()
+			if err := old.Stop(); err != nil { // saves what it has
+				t.Fatal(err)
+			}
 
-	for range 2 { // the second time after a kill in the middle of its tries
-		a = startAgentAt(t, a.stateDir, append(flags, "--push.url="+to.URL)...)
-		waitOnly(t, to, "node/web-1")
-		a.waitSum(t, exactly(1), "promferry_forwarder_abandoned_groups")
-		since := a.count(t, "node", to)
-		a.waitCycles(t, "node", 2)
-		since.checkEachPut(t) // The old one delays nothing.
-		a.Kill()
+			after := []string{"--instance=web-1", "--push.target=" + target, "--push.url=" + to.URL}
+			if pull {
+				after = []string{"--instance=web-1", "--pull.target=" + target, "--fqdn=web-1", "--proxy-url=http://" + refusing(t)}
+			}
+			for kills := 0; ; kills++ {
+				a = startAgentAt(t, a.stateDir, after...)
+				a.waitSum(t, above(0), "promferry_forwarder_abandoned_group_deletions_total", "outcome", "failure")
+				a.waitSum(t, exactly(1), "promferry_forwarder_abandoned_groups")
+				if !pull { // The old one delays nothing.
+					since := a.count(t, "node", to)
+					a.waitCycles(t, "node", 2)
+					since.checkEachPut(t)
+				}
+				if kills == 2 {
+					break
+				}
+				a.Kill()
+			}
+			if err := old.Restart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			waitOnly(t, old, "backup/web-1")
+			backup.check(t)
+			a.waitSum(t, exactly(0), "promferry_forwarder_abandoned_groups")
+			if !pull {
+				waitOnly(t, to, "node/web-1")
+			}
+		})
 	}
-	a = startAgentAt(t, a.stateDir, append(flags, "--push.url="+to.URL)...)
-	a.waitSum(t, above(0), "promferry_forwarder_abandoned_group_deletions_total", "outcome", "failure")
-	if err := old.Restart(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	waitOnly(t, old, "backup/web-1")
-	backup.check(t)
-	a.waitSum(t, exactly(0), "promferry_forwarder_abandoned_groups")
-	waitOnly(t, to, "node/web-1")
 }
 
 // TestOwnerOfAGatewayWithTwoNames: what is deleted at the old URL is what is put at the new one.
