@@ -135,12 +135,15 @@ func TestListingCutOff(t *testing.T) {
 			_ = http.NewResponseController(w).Flush()
 			how()
 		}))
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		ctx, cancel := context.WithCancel(t.Context())
 		groups := 0
 		var last error
 		for _, err := range c.Groups(ctx) {
 			if last = err; err == nil {
 				groups++
+			}
+			if name == "hangs" {
+				cancel() // As the end of its time would.
 			}
 		}
 		cancel()
@@ -188,7 +191,7 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// TestGroupsMemory lists ten thousand groups, the first with a label of 20 MB: 100 MB.
+// TestGroupsMemory lists two thousand groups, the first with a label of 20 MB.
 func TestGroupsMemory(t *testing.T) {
 	node := `{"f":{"help":"` + strings.Repeat("x", 8000) + `"},"labels":{"job":"j"}},`
 	c := client(t, server(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -198,7 +201,7 @@ func TestGroupsMemory(t *testing.T) {
 			_, _ = io.WriteString(w, long)
 		}
 		_, _ = io.WriteString(w, `"}},`)
-		for range 10000 {
+		for range 2000 {
 			_, _ = io.WriteString(w, node)
 		}
 		_, _ = io.WriteString(w, `{"labels":{"job":"last"}}]}`)
@@ -213,14 +216,14 @@ func TestGroupsMemory(t *testing.T) {
 		if n == 0 && g.Key.Job != "" {
 			t.Errorf("the key of 20 MB is kept: job %s", g.Key.Job)
 		}
-		if n%1000 == 0 {
+		if n%200 == 0 {
 			runtime.GC()
 			runtime.ReadMemStats(&now)
 			most = max(most, now.HeapAlloc)
 		}
 		n, last = n+1, g.Key.Job
 	}
-	if n != 10002 || last != "last" {
+	if n != 2002 || last != "last" {
 		t.Errorf("%d groups, the last %s", n, last)
 	}
 	if grown := int64(most) - int64(before.HeapAlloc); grown > 4<<20 {

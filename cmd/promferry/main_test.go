@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 
 // TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
 // exporter, in $GATEWAY that of a Pushgateway that writes what it is asked to the file
-// puts, in $HANGING that of one that writes that it was asked to the file hanging and never
+// puts and lists what the file groups.json has, in $HANGING that of one that writes that it was asked to the file hanging and never
 // answers, in $REFUSING that of one that refuses all, and in $CLOSED one where nothing
 // listens.
 func TestScripts(t *testing.T) {
@@ -51,9 +51,17 @@ func TestScripts(t *testing.T) {
 			}))
 			env.Defer(exporter.Close)
 			var mu sync.Mutex
-			gateway := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				mu.Lock()
 				defer mu.Unlock()
+				switch {
+				case r.Method == http.MethodGet && r.URL.Path == "/api/v1/status":
+					_, _ = io.WriteString(w, `{"status":"success","data":{"start_time":"2020-01-01T00:00:00Z"}}`)
+					return
+				case r.Method == http.MethodGet:
+					http.ServeFile(w, r, filepath.Join(env.WorkDir, "groups.json"))
+					return
+				}
 				f, err := os.OpenFile(filepath.Join(env.WorkDir, "puts"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 				if err != nil {
 					return
