@@ -144,9 +144,13 @@ func loadedRules(ctx context.Context, p *real.PrometheusServer) ([]rule, error) 
 }
 
 // checkRules checks that all rules of the file are evaluated without an error, that there is
-// all that they ask for, and that one fires.
+// all that they ask for and a page on what to do, and that one fires.
 func checkRules(t *testing.T, p *real.PrometheusServer, file string) {
 	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	runbook, err := os.ReadFile(filepath.Join(filepath.Dir(file), "..", "docs", "operations.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,6 +170,9 @@ func checkRules(t *testing.T, p *real.PrometheusServer, file string) {
 	})
 	for _, r := range rules {
 		t.Run(r.Name, func(t *testing.T) {
+			if r.Type == "alerting" && !strings.Contains(string(runbook), "\n### "+r.Name+"\n") {
+				t.Error("docs/operations.md does not tell what to do")
+			}
 			if _, err := p.Query(t.Context(), r.Query); err != nil {
 				t.Error(err)
 			}

@@ -653,6 +653,31 @@ func TestBrokenLedger(t *testing.T) {
 	}
 }
 
+// TestBrokenLedgerThatCannotBeMoved is left as it is, for a person to look at.
+func TestBrokenLedgerThatCannotBeMoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, h := t.TempDir(), newHubs()
+		path := filepath.Join(dir, "groups.json")
+		if err := errors.Join(os.WriteFile(path, []byte("broken"), 0o600), os.MkdirAll(path+".broken/in the way", 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		s := owned(t, h, dir, "http://new")
+		forward(t, s, time.Minute)
+		if b, err := os.ReadFile(path); err != nil || string(b) != "broken" {
+			t.Errorf("%v: %q", err, b)
+		}
+		if puts, _ := h.requests("PUT "); len(puts) < 4 {
+			t.Errorf("puts %q", puts)
+		}
+		if n := s.metric(t, "promferry_forwarder_ledger_failures_total"); n != 1 {
+			t.Errorf("%v failures counted", n)
+		}
+		if log := s.log.String(); strings.Count(log, "level=ERROR") != 1 || !strings.Contains(log, path) || !strings.Contains(log, "move the file away") {
+			t.Errorf("log %s", log)
+		}
+	})
+}
+
 // linkAway makes the ledger a symbolic link to a file elsewhere.
 func linkAway(t *testing.T, dir string) {
 	t.Helper()

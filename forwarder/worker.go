@@ -204,11 +204,11 @@ func (w *worker) send(ctx context.Context, c *contents) error {
 	f := w.forwarder
 	body, err := c.body(w.refusedOf(c.target))
 	if err == nil {
+		w.running.start()
 		w.note(ctx)
 		ctx, cancel := context.WithTimeout(ctx, f.cfg.PushTimeout)
 		defer cancel()
 		begin := time.Now()
-		w.running.start()
 		err = w.gateway.Put(ctx, c.target.key, body)
 		w.running.stop()
 		w.reached = w.reached || !neverSent(err)
