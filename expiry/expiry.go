@@ -32,8 +32,8 @@ type Gateway interface {
 type Config struct {
 	// Gateways are swept, each on its own.
 	Gateways []Gateway
-	// Interval is how often each is swept. A sweep that takes longer than half of it is
-	// followed by a pause as long as it was.
+	// Interval is how often each is swept, from begin to begin. After a sweep there is a pause
+	// that is at least as long as its listing took.
 	Interval time.Duration
 	// ListTimeout is how long reading the list of groups may take.
 	ListTimeout time.Duration

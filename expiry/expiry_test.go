@@ -89,12 +89,16 @@ func TestUntouched(t *testing.T) {
 			never.Pushed = time.Time{}
 			g.groups["never"] = never
 			g.groups["unreadable"] = pushgw.Group{Pushed: time.Now(), ExpiresAfter: 40}
+			g.groups["utf-8"] = pushgw.Group{
+				Key:    pushgw.GroupingKey{Job: "j", Labels: map[string]string{"my-label": "x"}},
+				Pushed: time.Now(), ExpiresAfter: 40,
+			}
 		})
 		<-time.After(1000 * time.Hour)
 		s := config(g)
 		s.run(t, time.Hour)
 		equal(t, g.did())
-		for state, want := range map[string]float64{"live": 0, "silent": 0, "without_expiry": 2, "unreadable": 1} {
+		for state, want := range map[string]float64{"live": 0, "silent": 0, "without_expiry": 2, "unreadable": 2} {
 			if n := s.metric(t, "promferry_expiry_groups", "state="+state); n != want {
 				t.Errorf("%v groups %s, want %v", n, state, want)
 			}
@@ -247,17 +251,19 @@ func TestBrokenListing(t *testing.T) {
 	})
 }
 
-// TestSlow has a Pushgateway that needs 12 s for its list: half of its time at most.
+// TestSlow has a Pushgateway that needs 20 s for its list: half of its time at most. The node
+// is found silent all the same, when it has been for 40 s.
 func TestSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGateway(t)
-		g.takes = 12 * time.Second
+		g.takes = 20 * time.Second
+		g.push("dead", 40)
 		every(t, 15*time.Second, func() { g.push("web-1", 40) })
-		config(g).run(t, time.Minute)
-		if want := []time.Duration{0, 24 * time.Second, 48 * time.Second}; !slices.Equal(g.sweeps, want) {
+		config(g).run(t, 119*time.Second)
+		if want := []time.Duration{0, 40 * time.Second, 80 * time.Second}; !slices.Equal(g.sweeps, want) {
 			t.Errorf("sweeps at %v, want %v", g.sweeps, want)
 		}
-		equal(t, g.did())
+		equal(t, g.did(), op{100 * time.Second, "put", "dead"})
 	})
 }
 
@@ -289,7 +295,9 @@ func TestRefusedPut(t *testing.T) {
 			reason string
 		}{
 			{&pushgw.StatusError{Op: "put", URL: "u", Code: 400}, "[a b c]", "invalid"},
-			{&pushgw.StatusError{Op: "put", URL: "u", Code: 401}, "[a b c]", "status"},
+			{&pushgw.StatusError{Op: "put", URL: "u", Code: 413}, "[a b c]", "status"},
+			{&pushgw.StatusError{Op: "put", URL: "u", Code: 401}, "[a]", "status"},
+			{&pushgw.StatusError{Op: "put", URL: "u", Code: 503}, "[a]", "status"},
 			{errors.New("reset"), "[a]", "other"},
 		} {
 			g := newGateway(t)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -87,6 +88,10 @@ func (p Prune) Delete(ctx context.Context, g Gateway, found []Old) ([]Old, error
 		if !wanted[old.Key.Path()] {
 			continue
 		}
+		if err := old.Key.Validate(); err != nil {
+			errs = append(errs, fmt.Errorf("group %s: %w", old.Key, err))
+			continue
+		}
 		deleteCtx, cancel := context.WithTimeout(ctx, p.PushTimeout)
 		err := g.Delete(deleteCtx, old.Key)
 		cancel()
@@ -95,8 +100,8 @@ func (p Prune) Delete(ctx context.Context, g Gateway, found []Old) ([]Old, error
 			continue
 		}
 		errs = append(errs, err)
-		if _, answered := errors.AsType[*pushgw.StatusError](err); !answered {
-			break // Nor would it answer for the others.
+		if se, ok := errors.AsType[*pushgw.StatusError](err); !ok || !se.Final() {
+			break // It is not because of this group.
 		}
 	}
 	return deleted, errors.Join(errs...)

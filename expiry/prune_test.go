@@ -59,7 +59,7 @@ func TestPrune(t *testing.T) {
 			t.Fatal(err)
 		}
 		g.push("back", 40) // While somebody reads the list and thinks.
-		refusal := &pushgw.StatusError{Code: 500}
+		refusal := &pushgw.StatusError{Code: 400}
 		g.answer = func(o op) error {
 			if o.instance == "refused" {
 				return refusal

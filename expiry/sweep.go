@@ -21,9 +21,10 @@ const (
 	// maxActions is how many groups one sweep puts down or deletes at most, which bounds the
 	// memory it needs.
 	maxActions = 1000
-	// awayAfter is how many intervals after the end of a sweep the next answer comes at the
-	// earliest from a Pushgateway that was away: stopped, cut off, or its clock set forward.
-	awayAfter = 3
+	// awayAfter is how much later than expected the answer comes from a Pushgateway that was
+	// away: hung, cut off, or its clock set forward. A node that pushes every 15 s is good for
+	// 40 s, and so bears an absence of less.
+	awayAfter = 15 * time.Second
 )
 
 // sweeper sweeps one Pushgateway.
@@ -34,9 +35,11 @@ type sweeper struct {
 	faults  faultlog.Log
 	status  status
 
-	// expected is when, by the Pushgateway's clock, the last sweep that listed ended; back
-	// is when the Pushgateway was back from being away. Only sweep uses them.
+	// expected is when, by the Pushgateway's clock, the sweep after the last one that listed
+	// was to be; back is when the Pushgateway was back from being away. Only sweep uses them.
 	expected, back time.Time
+	// listing is how long the last listing took. Only run and sweep use it.
+	listing time.Duration
 }
 
 func newSweeper(cfg *Config, g Gateway, m *metrics) *sweeper {
@@ -48,14 +51,18 @@ func (s *sweeper) run(ctx context.Context) {
 	for {
 		begin := time.Now()
 		_ = s.sweep(ctx) // Logged and counted there.
-		took := time.Since(begin)
 		select {
-		// A Pushgateway that is slow to list is not kept busy with it.
-		case <-time.After(max(s.cfg.Interval-took, took)):
+		case <-time.After(s.pause(time.Since(begin))):
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// pause returns how long to wait after a sweep that took so long: a Pushgateway that is slow to
+// list is not kept busy with that for more than half of its time.
+func (s *sweeper) pause(took time.Duration) time.Duration {
+	return max(s.cfg.Interval-took, s.listing)
 }
 
 // A verdict is what is to be done with a group.
@@ -72,7 +79,7 @@ const (
 	stateLive       = "live"
 	stateSilent     = "silent"
 	stateWithout    = "without_expiry"
-	stateUnreadable = "unreadable" // what the Pushgateway lists does not tell its key
+	stateUnreadable = "unreadable" // the listing does not tell its key, or it is one that we do not put
 )
 
 var states = []string{stateLive, stateSilent, stateWithout, stateUnreadable}
@@ -105,12 +112,14 @@ func (s *sweeper) sweep(ctx context.Context) error {
 	begin := time.Now()
 	s.status.began()
 	found, err := s.find(ctx)
+	s.listing = time.Since(begin)
 	if err == nil {
 		for _, state := range states {
 			s.metrics.groups.WithLabelValues(s.gateway.String(), state).Set(float64(found.groups[state]))
 		}
 		err = s.act(ctx, found)
-		s.expected = found.now.Add(time.Since(begin))
+		took := time.Since(begin)
+		s.expected = found.now.Add(took + s.pause(took))
 	} else if ctx.Err() == nil {
 		s.metrics.failures.WithLabelValues(s.gateway.String(), reason(err)).Inc()
 	}
@@ -143,7 +152,7 @@ func (s *sweeper) find(ctx context.Context) (findings, error) {
 		return found, err
 	}
 	found.now = status.Now
-	if !s.expected.IsZero() && status.Now.Sub(s.expected) > awayAfter*s.cfg.Interval {
+	if !s.expected.IsZero() && status.Now.Sub(s.expected) > awayAfter {
 		s.back = status.Now
 	}
 	since := status.Started
@@ -157,6 +166,9 @@ func (s *sweeper) find(ctx context.Context) (findings, error) {
 			return found, err
 		}
 		state, verdict := s.judge(group, status.Now, since)
+		if verdict != nothing && group.Key.Validate() != nil {
+			state, verdict = stateUnreadable, nothing
+		}
 		found.groups[state]++
 		if verdict != nothing && len(found.actions) < maxActions {
 			found.actions = append(found.actions, action{group, verdict})
@@ -210,8 +222,8 @@ func (s *sweeper) act(ctx context.Context, found findings) error {
 		}
 		s.metrics.failures.WithLabelValues(s.gateway.String(), reason(err)).Inc()
 		failed = append(failed, err)
-		if _, answered := errors.AsType[*pushgw.StatusError](err); !answered {
-			break // Nor would it answer for the others.
+		if se, ok := errors.AsType[*pushgw.StatusError](err); !ok || !se.Final() {
+			break // It is not because of this group.
 		}
 	}
 	switch len(failed) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
 	"reflect"
 	"runtime"
 	"strings"
@@ -32,14 +33,23 @@ const listing = `{"status":"success","data":[
 ]}
 `
 
+type doer func(*http.Request) (*http.Response, error)
+
+func (d doer) Do(req *http.Request) (*http.Response, error) { return d(req) }
+
+// serveListing answers without a server: a thousand of them would take all ports.
 func serveListing(t *testing.T, body string) *pushgw.Client {
 	t.Helper()
-	return client(t, server(t, func(w http.ResponseWriter, r *http.Request) {
+	base, err := url.Parse("http://pgw/prefix/?token=canary")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pushgw.New(base, doer(func(r *http.Request) (*http.Response, error) {
 		if r.Method != http.MethodGet || r.URL.Path != "/prefix/api/v1/metrics" {
 			t.Errorf("asked for %s %s", r.Method, r.URL)
 		}
-		_, _ = io.WriteString(w, body)
-	})+"/prefix/?token=canary")
+		return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(body)), Request: r}, nil
+	}))
 }
 
 func collect(t *testing.T, c *pushgw.Client) ([]pushgw.Group, error) {
@@ -80,7 +90,10 @@ func TestGroups(t *testing.T) {
 	if got, err := collect(t, serveListing(t, `{"status":"success","data":[]}`)); got != nil || err != nil {
 		t.Errorf("no group: %v, %v", got, err)
 	}
-	for range serveListing(t, listing).Groups(t.Context()) {
+	for _, err := range serveListing(t, listing).Groups(t.Context()) {
+		if err != nil {
+			t.Error(err)
+		}
 		break // One is enough: it must not be called again.
 	}
 }
@@ -100,11 +113,11 @@ func TestExpiresAfter(t *testing.T) {
 // TestBrokenListing has answers that are no listing, or not all of one.
 func TestBrokenListing(t *testing.T) {
 	for body, want := range map[string]string{
-		"":                              "it ends in the middle",
-		"<html><body>Hello</body>":      `want '{', got '<'`,
-		`{"status":"success"}`:          "it has no groups",
-		`{"status":"error","data":[]}`:  `its status is "error"`,
-		`{"status":"success","data":3}`: `want '[', got '3'`,
+		"":                                                    "it ends in the middle",
+		"<html><body>Hello</body>":                            `want '{', got '<'`,
+		`{"status":"success"}`:                                "it has no groups",
+		`{"status":"error","data":[]}`:                        `its status is "error"`,
+		`{"status":"success","data":3}`:                       `want '[', got '3'`,
 		`{"status":"success","data":[3]}`:                     `want '{', got '3'`,
 		`{"status":"success","data":[]}{}`:                    `want its end, got '{'`,
 		`{"status":"success","data":[{"labels":}]}`:           `want a value, got '}'`,
