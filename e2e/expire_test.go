@@ -36,6 +36,30 @@ func startExpire(t *testing.T, gateway *real.Gateway, flags ...string) *agent {
 	return &agent{Server: server}
 }
 
+// startAlerting starts a Prometheus that has the alert rules.
+func startAlerting(t *testing.T, gateway *real.Gateway) *real.PrometheusServer {
+	t.Helper()
+	p, err := real.Prometheus(t.Context(), t.TempDir(), fmt.Sprintf(
+		"- job_name: pushgateway\n  honor_labels: true\n  static_configs: [{targets: [%q]}]\n", gateway.Addr)+alerting(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Kill)
+	return p
+}
+
+// checkNoAlert checks that since a time no alert told of the node, or was about to.
+func checkNoAlert(t *testing.T, p *real.PrometheusServer, since float64) {
+	t.Helper()
+	for _, state := range []string{"pending", "firing"} {
+		for _, s := range stored(t, p, alertOf(state)) {
+			if s.at >= since {
+				t.Errorf("the alert was %s at %f, %.1f s after", state, s.at, s.at-since)
+			}
+		}
+	}
+}
+
 // waitSweeps waits until n more sweeps have begun and succeeded.
 func waitSweeps(t *testing.T, expire *agent, n float64) {
 	t.Helper()
@@ -95,8 +119,9 @@ func TestExpireAgentStops(t *testing.T) {
 	gateway := startPushgateway(t)
 	backup := runBackup(t, gateway)
 	startExpire(t, gateway)
+	startExpire(t, gateway) // Two do no harm to each other.
 	exporter := startExporter(t)
-	prometheus := startPrometheus(t, gateway)
+	prometheus := startAlerting(t, gateway)
 	flags := []string{"--push.target=node=" + exporter.URL + "/metrics", "--push.url=" + gateway.URL}
 	a := startAgent(t, append(flags, "--instance=web-1")...)
 	startAgent(t, append(flags, "--instance=web-2")...) // lives all the time
@@ -201,6 +226,7 @@ func restarts(t *testing.T, p *real.PrometheusServer, restart func()) {
 			t.Errorf("up was 0 again %.1f s after the restart", s.at-back)
 		}
 	}
+	checkNoAlert(t, p, began)
 	t.Logf("a restart that took %.1f s: up was 0 in %d scrapes", took, downs)
 	if most := int(math.Ceil(took / scraped)); downs > most {
 		t.Errorf("a restart that took %.1f s: up was 0 in %d scrapes, want %d at most", took, downs, most)
@@ -224,7 +250,7 @@ func TestExpireGatewayRestart(t *testing.T) {
 			gateway := startPushgateway(t, flags...)
 			backup := runBackup(t, gateway)
 			expire := startExpire(t, gateway)
-			prometheus := startPrometheus(t, gateway)
+			prometheus := startAlerting(t, gateway)
 			startAgent(t, "--instance=web-1", "--push.target=node="+serve(t, expose(textType, "a 1\n")), "--push.url="+gateway.URL)
 			waitQuery(t, prometheus, "up"+node, exactly(1))
 
@@ -282,6 +308,7 @@ func TestExpireGatewayRestart(t *testing.T) {
 					t.Errorf("the agent, which lived all the time, was %v at %f, %.1f s after the restart", s.value, s.at, s.at-restarted)
 				}
 			}
+			checkNoAlert(t, prometheus, 0)
 			if all := stored(t, prometheus, silentSince+node); len(all) != 0 {
 				t.Errorf("the agent was put down: %v", all)
 			}

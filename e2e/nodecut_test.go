@@ -63,7 +63,7 @@ func TestNodeCutPush(t *testing.T) {
 `+alerting(t))
 
 	o := cutAndHeal(t, lab, prometheus)
-	pushes := changes(t, prometheus, "push_time_seconds"+node, o.cut-3, o.down)
+	pushes := changes(t, prometheus, "push_time_seconds"+node, o.cut-3, o.down+0.05) // the step of o.down is the last
 	if len(pushes) < 2 {
 		t.Fatalf("pushes: %v", pushes)
 	}
@@ -126,21 +126,18 @@ func cutAndHeal(t *testing.T, lab *natlab.Lab, p *real.PrometheusServer) *outage
 	t.Helper()
 	// What there is of the node besides up and what comes from Prometheus and us.
 	const own = `count({job="node",instance="web-1",__name__=~"node_.*"}) > bool 100`
-	alert := func(state string) string {
-		return fmt.Sprintf(`ALERTS{alertname=%q,job="node",instance="web-1",alertstate=%q}`, nodeDown, state)
-	}
 	waitQuery(t, p, "count_over_time(up"+node+"[1m])", above(3)) // for as long as is looked at
 	waitQuery(t, p, "up"+node, exactly(1))
 	waitQuery(t, p, own, exactly(1))
 
 	o := &outage{cut: unixTime(time.Now())}
 	lab.Cut(t, natlab.HubIP)
-	waitQuery(t, p, alert("firing"), exactly(1))
+	waitQuery(t, p, alertOf("firing"), exactly(1))
 	o.healed = unixTime(time.Now())
 	lab.Heal(t)
 	waitQuery(t, p, "up"+node, exactly(1))
 	waitQuery(t, p, own, exactly(1))
-	waitEnded(t, p, alert("firing"))
+	waitEnded(t, p, alertOf("firing"))
 
 	until := now(t, p) + 0.2 // so that the last step of changes is after what was waited for
 	next := func(what, promql string, after float64, is func(change) bool) float64 {
@@ -162,11 +159,11 @@ func cutAndHeal(t *testing.T, lab *natlab.Lab, p *real.PrometheusServer) *outage
 	// A sample's time is the scrape's begin, which may be before the cut.
 	o.down = next("up 0", "up"+node, o.cut-scraped, is(0))
 	o.ended = next("the node's series have ended", own, o.cut-scraped, gone)
-	o.pending = next("alert pending", alert("pending"), o.cut-scraped, is(1))
-	o.fired = next("alert fires", alert("firing"), o.cut, is(1))
+	o.pending = next("alert pending", alertOf("pending"), o.cut-scraped, is(1))
+	o.fired = next("alert fires", alertOf("firing"), o.cut, is(1))
 	o.up = next("up 1", "up"+node, o.healed-scraped, is(1))
 	o.back = next("the node's series are back", own, o.healed-scraped, is(1))
-	o.resolved = next("alert resolved", alert("firing"), o.healed-scraped, gone)
+	o.resolved = next("alert resolved", alertOf("firing"), o.healed-scraped, gone)
 
 	if flaps := changes(t, p, "up"+node, o.cut-3, until); len(flaps) != 3 {
 		t.Errorf("up was not 1, then 0, then 1 again: %v", flaps)
@@ -177,6 +174,11 @@ func cutAndHeal(t *testing.T, lab *natlab.Lab, p *real.PrometheusServer) *outage
 	o.between(t, "the alert, after up 0", o.fired-o.down, alertFor, lookBack+alertFor+2*scraped+slack)
 	o.between(t, "its end, after up 1", o.resolved-o.up, 0, 2*scraped+slack)
 	return o
+}
+
+// alertOf selects the node's alert in a state, "pending" or "firing".
+func alertOf(state string) string {
+	return fmt.Sprintf(`ALERTS{alertname=%q,job="node",instance="web-1",alertstate=%q}`, nodeDown, state)
 }
 
 func (o *outage) note(at float64, what string) { o.events = append(o.events, event{at, what}) }
