@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -313,6 +314,79 @@ func TestExpireGatewayRestart(t *testing.T) {
 				t.Errorf("the agent was put down: %v", all)
 			}
 		})
+	}
+}
+
+// TestExpireForgets: who stays away is deleted, and there again at once when it is back.
+func TestExpireForgets(t *testing.T) {
+	t.Parallel()
+	gateway := startPushgateway(t)
+	backup := runBackup(t, gateway)
+	startExpire(t, gateway, "--forget-after=4s")
+	prometheus := startPrometheus(t, gateway)
+	a := startAgent(t, "--instance=web-1", "--push.target=node="+serve(t, expose(textType, "a 1\n")), "--push.url="+gateway.URL)
+	waitQuery(t, prometheus, "up"+node, exactly(1))
+	a.Kill()
+	down := waitGroup(t, gateway, jobLabels("node"), func(g real.Group) error { return checkDown(g, "3") })
+	waitGone(t, gateway, jobLabels("node"))
+	gone := unixTime(time.Now())
+	if stood := gone - number(t, down, "push_time_seconds"); stood < 4 || stood > 4+dateStep+swept+slack {
+		t.Errorf("it was deleted %.1f s after it was put down, want 4 s and a sweep", stood)
+	}
+	waitEnded(t, prometheus, `{job="node"}`)
+	if err := a.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	waitQuery(t, prometheus, "a"+node, exactly(1))
+	waitQuery(t, prometheus, "up"+node, exactly(1))
+	backup.check(t)
+}
+
+// TestExpireAuth has TLS, a password and a client certificate before a Pushgateway under a prefix.
+func TestExpireAuth(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	trusted := makeCertificates(t, dir)
+	write := func(name, text string) string {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return filepath.Join(dir, name)
+	}
+	gateway := startPushgateway(t, "--web.route-prefix=/push", "--web.config.file="+write("gateway.yml", fmt.Sprintf(
+		"tls_server_config: {cert_file: server.crt, key_file: server.key, client_auth_type: RequireAndVerifyClientCert, client_ca_file: ca.crt}\n"+
+			"basic_auth_users: {pusher: %q}\n", pushHash)))
+	const client = "basic_auth: {username: pusher, password_file: %s}\ntls_config: {ca_file: ca.crt, cert_file: client.crt, key_file: client.key}\n"
+	write("right.pw", pushPassword)
+	write("wrong.pw", canary+"-wrong")
+	to := "--push.url=https://" + gateway.Addr + "/push"
+	right := "--push.http-config=" + write("right.yml", fmt.Sprintf(client, "right.pw"))
+	wrong := "--push.http-config=" + write("wrong.yml", fmt.Sprintf(client, "wrong.pw"))
+
+	if status, _, stderr := runAgent(t, "--once", "--state.dir="+t.TempDir(), to, right, "--instance=web-1", "--push.interval=1s",
+		"--push.expires-after=1s", "--push.target=node="+serve(t, expose(textType, "a 1\n"))); status != 0 {
+		t.Fatalf("put: status %d: %s", status, stderr)
+	}
+	up := func() float64 {
+		t.Helper()
+		page, err := getTLS(t.Context(), trusted, "https://"+gateway.Addr+"/push/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		value, err := sum(page, "up", "job", "node", "instance", "web-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return value
+	}
+	waitAge(t, time.Now(), 3*time.Second)
+	status, stdout, stderr := runExpire(t, to, wrong, "--once")
+	if status != 1 || !strings.Contains(stderr, "401") || strings.Contains(stdout+stderr, canary) || up() != 1 {
+		t.Errorf("a wrong password: status %d: %s", status, stderr)
+	}
+	if status, _, stderr := runExpire(t, to, right, "--once"); status != 0 || up() != 0 {
+		t.Errorf("status %d, up %v: %s", status, up(), stderr)
 	}
 }
 
