@@ -154,6 +154,8 @@ func (s *sweeper) find(ctx context.Context) (findings, error) {
 	found.now = status.Now
 	if !s.expected.IsZero() && status.Now.Sub(s.expected) > awayAfter {
 		s.back = status.Now
+	} else if s.back.After(status.Now) {
+		s.back = status.Now // The clock had been ahead, and was set back.
 	}
 	since := status.Started
 	if s.back.After(since) {
