@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -106,23 +107,16 @@ func answer(w http.ResponseWriter, r *http.Request, handler http.HandlerFunc) {
 	}
 }
 
-// allow tells whether a request has one of the methods, which are sorted. It answers others.
+// allow tells whether a request has one of the methods. It answers others.
 func allow(w http.ResponseWriter, r *http.Request, methods ...string) bool {
-	for _, m := range methods {
-		if r.Method == m {
-			return true
-		}
+	if slices.Contains(methods, r.Method) {
+		return true
 	}
-	allowed := strings.Join(methods, ", ")
-	switch {
-	case len(methods) > 1: // As a Pushgateway sorts them.
-		allowed = "DELETE, OPTIONS, POST, PUT"
-	default:
-		allowed += ", " + http.MethodOptions
-	}
-	w.Header().Set("Allow", allowed)
+	allowed := append(slices.Clone(methods), http.MethodOptions)
+	slices.Sort(allowed)
+	w.Header().Set("Allow", strings.Join(allowed, ", "))
 	if r.Method != http.MethodOptions {
-		http.Error(w, "Method Not Allowed: want one of "+allowed, http.StatusMethodNotAllowed)
+		http.Error(w, "Method Not Allowed: want one of "+strings.Join(allowed, ", "), http.StatusMethodNotAllowed)
 	}
 	return false
 }

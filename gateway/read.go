@@ -142,6 +142,9 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	}
 	families := make([]*dto.MetricFamily, 0, len(byName))
 	for _, family := range byName {
+		if family.GetType() == dto.MetricType_GAUGE_HISTOGRAM {
+			return nil, fmt.Errorf("family %q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
+		}
 		families = append(families, family)
 	}
 	return families, nil
