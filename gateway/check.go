@@ -65,9 +65,9 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 	seen := make(map[string]struct{}, len(family.GetMetric()))
 	var key []byte
 	for _, m := range family.GetMetric() {
-		fault := checkValue(m, family.GetType())
+		fault := setLabels(m, grouping, reserved)
 		if fault == "" {
-			fault = setLabels(m, grouping, reserved)
+			fault = checkValue(m, family.GetType())
 		}
 		if fault == "" {
 			key = key[:0]
