@@ -94,7 +94,7 @@ func checkValue(m *dto.Metric, typ dto.MetricType) string {
 	if m.TimestampMs != nil {
 		return "pushed metrics must not have timestamps"
 	}
-	ok := true
+	var ok bool
 	switch typ {
 	case dto.MetricType_COUNTER:
 		ok = m.Counter != nil
@@ -120,8 +120,7 @@ func checkValue(m *dto.Metric, typ dto.MetricType) string {
 			}
 			seen[b.GetUpperBound()] = true
 		}
-	default:
-		ok = false
+	default: // checkFamily has refused it.
 	}
 	if !ok {
 		return "it is not a " + typeName(typ)

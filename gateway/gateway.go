@@ -176,7 +176,7 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 // all answers a scrape of all groups. It is always text: Prometheus refuses all of a page in
 // protobuf for one native histogram that is wrong.
 func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
-	scheme := expfmt.Negotiate(r.Header).ToEscapingScheme()
+	scheme := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...).ToEscapingScheme()
 	p := newPage(scheme)
 	own, err := g.config.Gatherer.Gather()
 	if err != nil {

@@ -92,19 +92,19 @@ func TestExpiry(t *testing.T) {
 				put(t, g, "/metrics"+group, test.body)
 				want(t, ask(g, http.MethodPut, "/metrics/job/batch", "b 1\npromferry_expires_after_seconds 1e300\n"), http.StatusOK)
 				pushed := time.Now()
-				time.Sleep(30*time.Second - 1)
+				<-time.After(30*time.Second - 1)
 				want(t, ask(g, http.MethodGet, "/groups"+group+"/metrics", ""), http.StatusOK, `a{instance="web-1",job="node"} 1`, "!up{")
 				want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `a{instance="web-1",job="node"} 1`, `up{instance="web-1",job="node"} 1`)
-				time.Sleep(1)
+				<-time.After(1)
 				want(t, ask(g, http.MethodGet, "/groups"+group+"/metrics", ""), http.StatusServiceUnavailable,
 					"silent since "+time.Now().UTC().Format(time.RFC3339), "the last push, at "+pushed.UTC().Format(time.RFC3339))
 				want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `up{instance="web-1",job="node"} 0`, "!\na{", "!\npromferry_expires_after_seconds{instance=\"web-1",
 					fmt.Sprintf(`push_time_seconds{instance="web-1",job="node"} %v`, float64(pushed.Unix())), `b{instance="",job="batch"} 1`,
 					`promferry_gateway_groups{state="silent"} 1`)
 				want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"instance":"web-1"`)
-				time.Sleep(24*time.Hour - 1)
+				<-time.After(24*time.Hour - 1)
 				want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"instance":"web-1"`)
-				time.Sleep(1)
+				<-time.After(1)
 				want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"instance":"web-1"`, `"job":"batch"`)
 				want(t, ask(g, http.MethodGet, "/groups"+group+"/metrics", ""), http.StatusNotFound, `{job="node",instance="web-1"}`)
 				want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "!web-1")
@@ -122,15 +122,15 @@ func TestBack(t *testing.T) {
 		g := newTest(nil)
 		const body = "a 1\npromferry_expires_after_seconds 30\n"
 		put(t, g, "/metrics/job/j", body)
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusServiceUnavailable)
 		put(t, g, "/metrics/job/j", body)
 		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK)
 		// A push that is refused is no sign of life.
-		time.Sleep(29 * time.Second)
+		<-time.After(29 * time.Second)
 		want(t, ask(g, http.MethodPut, "/metrics/job/j", "a 1 1\n"), http.StatusBadRequest)
 		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK)
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusServiceUnavailable)
 	})
 }
@@ -147,8 +147,12 @@ func TestSweep(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- g.Run(ctx) }()
 		want(t, ask(g, http.MethodPut, "/metrics/job/d", "a 1\n"), http.StatusTooManyRequests, "--limit.groups")
-		time.Sleep(24*time.Hour + 30*time.Second + sweepEvery)
-		if got := len(g.store.groups); got != 1 {
+		<-time.After(24*time.Hour + 30*time.Second + sweepEvery)
+		synctest.Wait()
+		g.store.mu.RLock()
+		got := len(g.store.groups)
+		g.store.mu.RUnlock()
+		if got != 1 {
 			t.Errorf("%d groups, want 1", got)
 		}
 		want(t, ask(g, http.MethodPut, "/metrics/job/d", "a 1\n"), http.StatusOK)
@@ -166,13 +170,13 @@ func TestDown(t *testing.T) {
 		const target = "/groups/job/j/metrics"
 		put(t, g, "/metrics/job/j", "# TYPE up gauge\nup 1\na 1\n")
 		want(t, ask(g, http.MethodGet, target, ""), http.StatusOK)
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		since := time.Now().UTC().Format(time.RFC3339)
 		for range 3 {
 			put(t, g, "/metrics/job/j", "# TYPE up gauge\nup 0\n")
 			want(t, ask(g, http.MethodGet, target, ""), http.StatusServiceUnavailable, "down since "+since, "says up 0")
 			want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `up{instance="",job="j"} 0`)
-			time.Sleep(time.Minute)
+			<-time.After(time.Minute)
 		}
 		put(t, g, "/metrics/job/j", "# TYPE up gauge\nup 1\n")
 		want(t, ask(g, http.MethodGet, target, ""), http.StatusOK, "!up{")

@@ -89,6 +89,7 @@ type state struct {
 func (s *state) silent(now time.Time) bool {
 	return !s.silentFrom.IsZero() && !now.Before(s.silentFrom)
 }
+
 func (s *state) gone(now time.Time) bool { return !s.forgotFrom.IsZero() && !now.Before(s.forgotFrom) }
 
 // Push replaces the families of a group, or with add those of the same names, and makes the

@@ -74,7 +74,7 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // serve writes the page of a group, in the format that the scrape prefers.
 func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
-	format := expfmt.Negotiate(r.Header)
+	format := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...)
 	scheme := format.ToEscapingScheme()
 	w.Header().Set("Content-Type", string(format))
 	if format.FormatType() == expfmt.TypeTextPlain && (!s.content.quoted || scheme == model.NoEscaping) {
