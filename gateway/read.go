@@ -33,7 +33,6 @@ const (
 func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) error {
 	control := http.NewResponseController(w)
 	_ = control.SetReadDeadline(time.Now().Add(bodyTime))
-	defer func() { _ = control.SetReadDeadline(time.Time{}) }()
 	most := g.config.MaxBodyBytes
 	var body io.Reader = http.MaxBytesReader(w, r.Body, most)
 	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
@@ -56,6 +55,8 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buff
 	if n > most {
 		return g.tooLarge()
 	}
+	// All of it came. At a deadline in the time that follows, net/http would end the request.
+	_ = control.SetReadDeadline(time.Now().Add(parseTime + writeTime))
 	return nil
 }
 

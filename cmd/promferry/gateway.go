@@ -75,6 +75,8 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	}
 	// A page of another site that somebody looks at must not push.
 	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(handler), logger)
+	// The gateway sets times of its own for what takes longer.
+	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
 	logger.Info("Starting promferry gateway", "version", version.Version)
 
 	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
