@@ -200,7 +200,7 @@ func TestRefused(t *testing.T) {
 	want(t, ask(g, http.MethodGet, "/api/v1/metrics", ""), http.StatusOK, `"last_push_successful":true`)
 }
 
-func gzipText(t *testing.T, text string) string {
+func gzipText(t testing.TB, text string) string {
 	t.Helper()
 	var b bytes.Buffer
 	z := gzip.NewWriter(&b)
