@@ -69,6 +69,7 @@ type gatewayRequest struct {
 	typ      string
 	encoding string
 	body     string
+	chunked  bool // sent without its length
 }
 
 // A gatewayCase is a conversation with both gateways, which begin without groups.
@@ -119,6 +120,7 @@ func gatewayCases(t *testing.T) []gatewayCase {
 		{name: "gzip cut at its end", requests: []gatewayRequest{{encoding: "gzip", body: gzipped[:len(gzipped)-9]}}, status: 200, differs: "cut", ours: 400},
 		{name: "unknown encoding", requests: []gatewayRequest{{encoding: "zstd", body: gzipped}}, status: 400},
 		{name: "unknown encoding, plain body", requests: []gatewayRequest{{encoding: "identity", body: "a 1\n"}}, status: 200},
+		{name: "chunked", requests: []gatewayRequest{{body: "a 1\n", chunked: true}}, status: 200},
 		{name: "snappy", requests: []gatewayRequest{{encoding: "snappy", body: snappied}}, status: 400, differs: "snappy", ours: 200},
 		{name: "GET of a group", requests: ask1("GET", contractGroup), status: 405},
 		{name: "HEAD of a group", requests: ask1("HEAD", contractGroup), status: 405},
@@ -328,6 +330,9 @@ func converse(t *testing.T, g *real.Gateway, requests []gatewayRequest) outcome 
 		req, err := http.NewRequestWithContext(t.Context(), method, g.URL+path, strings.NewReader(r.body))
 		if err != nil {
 			t.Fatal(err)
+		}
+		if r.chunked {
+			req.ContentLength = -1
 		}
 		for name, value := range map[string]string{"Content-Type": r.typ, "Content-Encoding": r.encoding} {
 			if value != "" {

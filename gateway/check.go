@@ -24,8 +24,8 @@ func check(families []*dto.MetricFamily, key pushgw.GroupingKey) ([]*dto.MetricF
 		first := byName[name]
 		switch {
 		case name == pushTimeName || name == pushFailureTimeName: // The gateway's own to write.
-		case !model.UTF8Validation.IsValidMetricName(name):
-			return nil, inconsistent("family %q: that is no name; a name is UTF-8 and not empty", name)
+		case !model.UTF8Validation.IsValidMetricName(name) || hasControl(name):
+			return nil, inconsistent("family %q: that is no name; a name is UTF-8 without control characters, and not empty", name)
 		case first != nil && first.GetType() != family.GetType():
 			return nil, inconsistent("family %q: it comes twice, as %s and as %s", name, typeName(first.GetType()), typeName(family.GetType()))
 		case first != nil:
@@ -170,7 +170,19 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 // validLabel tells whether a series may have a label of this name. One with a colon would be
 // written without quotes, which Prometheus does not read.
 func validLabel(name string) bool {
-	return model.UTF8Validation.IsValidLabelName(name) && !strings.HasPrefix(name, model.ReservedLabelPrefix) && !strings.Contains(name, ":")
+	return model.UTF8Validation.IsValidLabelName(name) && !strings.HasPrefix(name, model.ReservedLabelPrefix) &&
+		!strings.Contains(name, ":") && !hasControl(name)
+}
+
+// hasControl tells whether a name has ASCII control characters. With a zero in one, Prometheus
+// would read nothing of a page.
+func hasControl(name string) bool {
+	for i := range len(name) {
+		if name[i] < ' ' || name[i] == 0x7f {
+			return true
+		}
+	}
+	return false
 }
 
 // collision returns the two families of which one has the name of a series of the other, a

@@ -369,6 +369,32 @@ func TestFormats(t *testing.T) {
 	}
 }
 
+// TestEscaped has a name that cannot be written as an old Prometheus reads it: that costs the
+// family, and not the page.
+func TestEscaped(t *testing.T) {
+	for _, series := range []string{`a{"x.y"="1",x_y="2"} 1`, `a{"._name__"="1"} 1`} {
+		g := newTest(nil)
+		put(t, g, "/metrics/job/j", series+"\nb 1\n")
+		for _, path := range []string{"/metrics", "/groups/job/j/metrics"} {
+			want(t, ask(g, http.MethodGet, path, ""), http.StatusOK, "\nb{", "!\na{", `# Left out: the family "a" of {instance="",job="j"}: without quotes`)
+			want(t, ask(g, http.MethodGet, path, "", "Accept", "text/plain;version=0.0.4;escaping=allow-utf-8"), http.StatusOK, "\nb{", "a{", "!# Left out")
+		}
+	}
+	g := newTest(nil)
+	put(t, g, "/metrics/job/j", "a{\"x.y\"=\"1\",x_y=\"2\"} 1\nb 1\n")
+	w := ask(g, http.MethodGet, "/groups/job/j/metrics", "", "Accept", exposition.Accept)
+	families, _, err := exposition.Read(t.Context(), w.Body.Bytes(), w.Header().Get("Content-Type"))
+	if err != nil || len(families) != 3 || families[0].GetName() != "b" {
+		t.Error(families, err)
+	}
+	for _, name := range []string{"a\x00b", "a\nb", "\x7f", ""} {
+		w := ask(g, http.MethodPut, "/metrics/job/j", delimited(t, gauge(name)), "Content-Type", string(expfmt.FmtProtoDelim))
+		want(t, w, http.StatusBadRequest, fmt.Sprintf("family %q: that is no name", name))
+		w = ask(g, http.MethodPut, "/metrics/job/j", delimited(t, gauge("a", name, "1")), "Content-Type", string(expfmt.FmtProtoDelim))
+		want(t, w, http.StatusBadRequest, fmt.Sprintf("%q is no name of a label", name))
+	}
+}
+
 // TestDiscovery shows that the targets' paths lead to the groups, whatever their labels are.
 func TestDiscovery(t *testing.T) {
 	g := newTest(nil)
@@ -534,7 +560,7 @@ func FuzzPush(f *testing.F) {
 	const histogram = "# HELP h H.\n# TYPE h histogram\nh_bucket{le=\"1\"} 1\nh_bucket{le=\"+Inf\"} 2\nh_sum 3\nh_count 2\n"
 	for _, text := range []string{
 		"a 1\n", "a{l=\"\\\\\\\"\\n\"} NaN\n", histogram, "# TYPE s summary\ns{quantile=\"0.5\"} 1\ns_sum 1\ns_count 1\n", "{\"foo.bar\",\"l.m\"=\"1\"} 1\n",
-		"# HELP a x\\ny\n# TYPE a counter\na 1e300\n", "# TYPE h gaugehistogram\nh_bucket{le=\"1\"} 1\n", "up 0\na 1\n", "a 1 1\n", "{\"a\\nb\"} 1\n", "a{\"b:c\"=\"1\"} 1\n",
+		"# HELP a x\\ny\n# TYPE a counter\na 1e300\n", "# TYPE h gaugehistogram\nh_bucket{le=\"1\"} 1\n", "up 0\na 1\n", "a 1 1\n", "{\"a\\nb\"} 1\n", "a{\"x.y\"=\"1\",x_y=\"2\"} 1\n", "a{\"._name__\"=\"1\"} 1\n", "a{\"b:c\"=\"1\"} 1\n",
 	} {
 		f.Add([]byte(text), false)
 	}

@@ -171,14 +171,34 @@ func (f family) parsed() (*dto.MetricFamily, error) {
 	return families[f.name], nil
 }
 
-// escape returns a family whose names stand without quotes.
-func escape(f family, scheme model.EscapingScheme) (family, error) {
+// escaped returns a family with names that stand without quotes, or why it has none.
+func (f family) escaped(scheme model.EscapingScheme) (*dto.MetricFamily, error) {
 	parsed, err := f.parsed()
+	if err != nil || !f.quoted {
+		return parsed, err
+	}
+	escaped := model.EscapeMetricFamily(parsed, scheme)
+	for _, m := range escaped.GetMetric() {
+		seen := make(map[string]bool, len(m.GetLabel()))
+		for _, l := range m.GetLabel() {
+			// Either would make Prometheus refuse all of the page.
+			if name := l.GetName(); seen[name] || !validLabel(name) {
+				return nil, fmt.Errorf("without quotes a label would be called %s, which is another's name or reserved", name)
+			}
+			seen[l.GetName()] = true
+		}
+	}
+	return escaped, nil
+}
+
+// escape is escaped, rendered.
+func escape(f family, scheme model.EscapingScheme) (family, error) {
+	escaped, err := f.escaped(scheme)
 	if err != nil {
 		return family{}, err
 	}
 	var b bytes.Buffer
-	rendered, err := render(&b, []*dto.MetricFamily{model.EscapeMetricFamily(parsed, scheme)})
+	rendered, err := render(&b, []*dto.MetricFamily{escaped})
 	if err != nil {
 		return family{}, err
 	}

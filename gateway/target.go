@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strconv"
@@ -90,13 +91,13 @@ func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
 		_, _ = w.Write(body)
 		return
 	}
-	if err := s.encode(w, r, format); err != nil {
+	if err := s.encode(w, r, format, g.config.Logger); err != nil {
 		g.config.Logger.Debug("Group not written", "group", s.group.key.String(), "err", err)
 	}
 }
 
 // encode writes the page of a group in a format that it is not ready in.
-func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format) error {
+func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format, logger *slog.Logger) error {
 	body, done := packed(w, r)
 	defer done()
 	if format.FormatType() == expfmt.TypeTextPlain {
@@ -109,11 +110,12 @@ func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.For
 	}
 	encoder := expfmt.NewEncoder(body, format)
 	for _, f := range s.content.families[s.content.own:] {
-		parsed, err := f.parsed()
+		escaped, err := f.escaped(format.ToEscapingScheme())
 		if err != nil {
-			return err
+			logger.Debug("Family left out", "group", s.group.key.String(), "family", f.name, "err", err)
+			continue
 		}
-		if err := encoder.Encode(parsed); err != nil {
+		if err := encoder.Encode(escaped); err != nil {
 			return err
 		}
 	}
