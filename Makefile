@@ -36,9 +36,11 @@ browser: $(GOTESTSUM) ## the web pages in a real Chromium; SCREENSHOTS=dir keeps
 	@tools/programs.sh $(TOOLS) chromium
 	cd e2e/browser && $(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 5m ./...
 
-lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, go.mod tidy
-	@tools/programs.sh $(TOOLS) shellcheck
+lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, promtool, go.mod tidy
+	@tools/programs.sh $(TOOLS) shellcheck promtool
 	PATH="$(BIN):$$PATH" shellcheck .ci/run $$(find . -name '*.sh' -not -path './.tools/*')
+	PATH="$(BIN):$$PATH"; promtool=$${PROMTOOL_BIN:-promtool}; \
+	$$promtool check rules monitoring/alerts.yml && $$promtool test rules monitoring/*_test.yml
 	go mod tidy -diff
 	go vet -tags e2e,bench ./...
 	cd e2e/browser && go mod tidy -diff && go vet -tags e2e ./... && $(GOLANGCI_LINT) run

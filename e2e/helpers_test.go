@@ -53,7 +53,13 @@ type agent struct {
 // otherwise.
 func startAgent(t *testing.T, flags ...string) *agent {
 	t.Helper()
-	a := &agent{stateDir: filepath.Join(t.TempDir(), "state")}
+	return startAgentAt(t, filepath.Join(t.TempDir(), "state"), flags...)
+}
+
+// startAgentAt is startAgent with the state directory of an agent that has ended.
+func startAgentAt(t *testing.T, stateDir string, flags ...string) *agent {
+	t.Helper()
+	a := &agent{stateDir: stateDir}
 	server, err := real.Serve(t.Context(), "", real.Command{
 		Path: promferry(t), Args: append([]string{"agent", "--state.dir=" + a.stateDir}, flags...),
 		Env: []string{"PROMFERRY_PUSH_INTERVAL=1s"},

@@ -142,7 +142,7 @@ func startPrometheusIn(t *testing.T, node *natlab.Node, addr, scrapeConfigs stri
 	}
 	dir := t.TempDir()
 	config := filepath.Join(dir, "prometheus.yml")
-	content := "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:" + scrapeConfigs
+	content := "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\nscrape_configs:" + scrapeConfigs
 	if err := os.WriteFile(config, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}

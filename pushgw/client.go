@@ -24,7 +24,7 @@ type Doer interface {
 	Do(req *http.Request) (*http.Response, error)
 }
 
-// Client puts, adds to and deletes groups on one Pushgateway, or on another receiver that has a
+// Client puts, adds to, deletes and lists groups on one Pushgateway, or on another receiver that has a
 // Pushgateway's paths below its URL. It is safe for concurrent use.
 type Client struct {
 	base *url.URL
@@ -106,31 +106,47 @@ func operation(method string) string {
 const maxMessage = 64 << 10
 
 func (c *Client) do(req *http.Request) error {
-	op := operation(req.Method)
-	resp, err := c.http.Do(req)
+	resp, err := c.send(req)
 	if err != nil {
-		if httpclient.IsTimeout(req.Context(), err) {
-			err = errTimeout
-		}
-		return fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), err)
+		return err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	// To the end, so that the connection can be used again.
-	message, err := io.ReadAll(io.LimitReader(resp.Body, maxMessage))
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxMessage))
+	return nil
+}
+
+// send returns an answer whose status is a success.
+func (c *Client) send(req *http.Request) (*http.Response, error) {
+	op := operation(req.Method)
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), timedOut(req.Context(), err))
+	}
 	// A Pushgateway answers 200, or 202 when it does not check; other receivers 204.
 	if resp.StatusCode/100 == 2 {
-		return nil
+		return resp, nil
 	}
+	defer func() { _ = resp.Body.Close() }()
+	message, err := io.ReadAll(io.LimitReader(resp.Body, maxMessage))
 	if err != nil {
 		message = nil
 	}
-	return &StatusError{
+	return nil, &StatusError{
 		Op:         op,
 		URL:        safeurl.String(req.URL),
 		Code:       resp.StatusCode,
 		Message:    strings.TrimSpace(string(message)),
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
 	}
+}
+
+// timedOut returns errTimeout where err, of a request with ctx, means that.
+func timedOut(ctx context.Context, err error) error {
+	if httpclient.IsTimeout(ctx, err) {
+		return errTimeout
+	}
+	return err
 }
 
 // errTimeout is in an error after which nobody knows whether the Pushgateway will still
@@ -146,9 +162,9 @@ func IsRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
 
 // StatusError is an answer whose status is no success.
 type StatusError struct {
-	// Op is put, add to or delete.
+	// Op is put, add to, delete or get.
 	Op string
-	// URL is the group's, as it may be shown.
+	// URL is what was asked for, as it may be shown.
 	URL string
 	// Code is the HTTP status.
 	Code int

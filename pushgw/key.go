@@ -1,4 +1,4 @@
-// Package pushgw speaks the API of a Pushgateway: grouping keys, put, add and delete.
+// Package pushgw speaks the API of a Pushgateway: grouping keys, put, add, delete and list.
 package pushgw
 
 import (

@@ -54,7 +54,7 @@ func (c credentialsCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	slices.Sort(files)
 	for _, file := range slices.Compact(files) {
-		if expiry, ok := expiry(file); ok {
+		if expiry, ok := notAfter(file); ok {
 			ch <- prometheus.MustNewConstMetric(expiryDesc, prometheus.GaugeValue, expiry, file)
 		}
 	}
@@ -80,8 +80,8 @@ func serverCertificate(file string) string {
 	return filepath.Join(filepath.Dir(file), config.TLS.CertFile)
 }
 
-// expiry returns when the first certificate of a PEM file expires.
-func expiry(file string) (float64, bool) {
+// notAfter returns when the first certificate of a PEM file expires.
+func notAfter(file string) (float64, bool) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return 0, false

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"syscall"
 	_ "time/tzdata" // For CRON_TZ= where the system has no zones, as in a container.
 
@@ -79,6 +80,10 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 	app.Version(version.Print("promferry"))
 	app.VersionFlag.Hidden()
 	commands, known := newCommands(app)
+	// kingpin would let a command have either commands of its own or a meaning of its own.
+	if words := strings.Fields(pruneName); len(args) >= 2 && slices.Equal(args[:2], words) {
+		args = append([]string{pruneName}, args[2:]...)
+	}
 
 	named := func(name string) int {
 		return slices.IndexFunc(commands, func(c command) bool { return c.name() == name })
@@ -143,7 +148,7 @@ func parse(app *kingpin.Application, args []string) (selected string, exited boo
 // any of them has.
 func newCommands(app *kingpin.Application) (commands []command, known map[string]bool) {
 	commands = []command{
-		newAgentCommand(app), newProxyCommand(app), newGatewayCommand(app), newRunCommand(app), newRecordCommand(app), newPushCommand(app), newDeleteCommand(app), newFlushCommand(app),
+		newAgentCommand(app), newProxyCommand(app), newGatewayCommand(app), newExpireCommand(app), newPruneCommand(app), newRunCommand(app), newRecordCommand(app), newPushCommand(app), newDeleteCommand(app), newFlushCommand(app),
 	}
 	known = map[string]bool{batch.MetricsFileVariable: true}
 	for _, c := range commands {

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 
 // TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
 // exporter, in $GATEWAY that of a Pushgateway that writes what it is asked to the file
-// puts, in $HANGING that of one that writes that it was asked to the file hanging and never
+// puts and lists what the file groups.json has, in $HANGING that of one that writes that it was asked to the file hanging and never
 // answers, in $REFUSING that of one that refuses all, and in $CLOSED one where nothing
 // listens.
 func TestScripts(t *testing.T) {
@@ -51,9 +51,17 @@ func TestScripts(t *testing.T) {
 			}))
 			env.Defer(exporter.Close)
 			var mu sync.Mutex
-			gateway := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				mu.Lock()
 				defer mu.Unlock()
+				switch {
+				case r.Method == http.MethodGet && r.URL.Path == "/api/v1/status":
+					_, _ = io.WriteString(w, `{"status":"success","data":{"start_time":"2020-01-01T00:00:00Z"}}`)
+					return
+				case r.Method == http.MethodGet:
+					http.ServeFile(w, r, filepath.Join(env.WorkDir, "groups.json"))
+					return
+				}
 				f, err := os.OpenFile(filepath.Join(env.WorkDir, "puts"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 				if err != nil {
 					return
@@ -290,16 +298,19 @@ repeated has a variable in the plural, with a comma between two values (a comma 
 URL is written %2C). A variable that is set but empty counts as not set. Times are written
 500ms, 15s, 1m30s; sizes 512KiB, 64MiB.
 
-The agent refuses a variable that begins with PROMFERRY_ and is none of these, and whatever
-is wrong. The commands that run in a job, or for one, only tell of a wrong or unknown
+The agent, the proxy and expire refuse a variable that begins with PROMFERRY_ and is none of
+these, and whatever is wrong. The commands that run in a job, or for one, only tell of a wrong or unknown
 variable and go on without it; a wrong flag they refuse.
 
-The files that settings of the agent name are read again on SIGHUP and on a POST to
-/-/reload; flags and variables need a restart. A bad file changes nothing, and says so in
-the log and in promferry_agent_last_reload_successful.
+The files that their settings name are read again on SIGHUP and on a POST to /-/reload;
+flags and variables need a restart. A bad file changes nothing, and says so in the log and
+in promferry_agent_last_reload_successful (promferry_proxy_..., promferry_expiry_...).
 `)
 	flags := map[string]string{
-		"agent": "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
+		"agent":  "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
+		"expire": "| `--once` | | | " + expireOnceHelp + " |\n| `--dry-run` | | | " + expireDryRunHelp + " |\n",
+		pruneName: "| `--older-than` | | | " + olderThanHelp + " |\n| `--match` | | | " + matchHelp + " |\n| `--all` | | | " + allHelp + " |\n" +
+			"| `--yes` | | | " + yesHelp + " |\n| `--dry-run` | | | " + pruneDryRunHelp + " |\n",
 		"run":   "| `--no-overlap` | | | " + noOverlapHelp + " |\n| `--no-start-push` | | | " + noStartPushHelp + " |\n",
 		"push":  "| `--add` | | | " + addHelp + " |\n",
 		"flush": "| `--list` | | | " + listHelp + " |\n",
