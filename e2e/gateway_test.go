@@ -5,11 +5,15 @@ package e2e
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/http"
 	"os/exec"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/promferry/promferry/e2e/real"
+	"github.com/promferry/promferry/pushgw"
 )
 
 // TestGatewayWithPrometheus has an agent put to a gateway that a Prometheus scrapes in both
@@ -97,5 +101,35 @@ func TestGatewayPromtool(t *testing.T) {
 		if out, err := command.CombinedOutput(); err != nil && command.ProcessState.ExitCode() != 3 {
 			t.Errorf("%s: %v: %.2000s", path, err, out)
 		}
+	}
+}
+
+// TestGatewayListing lists the groups of a gateway with the client that promferry expire has.
+func TestGatewayListing(t *testing.T) {
+	t.Parallel()
+	begin := time.Now()
+	gateway := startGateway(t)
+	client := newClient(t, gateway)
+	for _, v := range []string{"web-1.example:9100", "a b", "/var/tmp", "..", "ü", `a"b'c`, `a\b`, "a\nb", "\x00", "<&>", "{}", "\u2028", strings.Repeat("ü/", 400)} {
+		key := pushgw.GroupingKey{Job: "contract", Labels: map[string]string{"v": v}}
+		const text = "# HELP a Has \"quotes\", \\\\ and {braces}]}\n# TYPE a gauge\na{l=\"\\\"}],{[\\\\\"} 1\npromferry_expires_after_seconds 40.5\n"
+		put(t, gateway, key.Path(), text)
+		g, ok := list(t, client)[key.String()]
+		if !ok || !maps.Equal(g.Key.Labels, key.Labels) {
+			t.Fatalf("%q is not listed: %v", v, list(t, client))
+		}
+		if g.Families != 4 || g.ExpiresAfter != 40.5 || g.Pushed.Before(begin) || g.Pushed.After(time.Now()) {
+			t.Errorf("%q: %+v", v, g)
+		}
+		if err := client.Delete(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+		if groups := list(t, client); len(groups) != 0 {
+			t.Errorf("deleted, and listed: %v", groups)
+		}
+	}
+	status, err := client.Status(t.Context())
+	if err != nil || status.Started.After(time.Now()) || status.Now.Before(begin.Truncate(time.Second)) {
+		t.Error(status, err)
 	}
 }
