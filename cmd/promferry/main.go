@@ -148,7 +148,7 @@ func parse(app *kingpin.Application, args []string) (selected string, exited boo
 // any of them has.
 func newCommands(app *kingpin.Application) (commands []command, known map[string]bool) {
 	commands = []command{
-		newAgentCommand(app), newProxyCommand(app), newExpireCommand(app), newPruneCommand(app), newRunCommand(app), newRecordCommand(app), newPushCommand(app), newDeleteCommand(app), newFlushCommand(app),
+		newAgentCommand(app), newProxyCommand(app), newGatewayCommand(app), newExpireCommand(app), newPruneCommand(app), newRunCommand(app), newRecordCommand(app), newPushCommand(app), newDeleteCommand(app), newFlushCommand(app),
 	}
 	known = map[string]bool{batch.MetricsFileVariable: true}
 	for _, c := range commands {

@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kingpin/v2"
+	"github.com/prometheus/common/version"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/promferry/promferry/gateway"
+	"github.com/promferry/promferry/internal/httpclient"
+)
+
+// gatewayDrainBudget is how long the gateway takes at most to stop.
+const gatewayDrainBudget = 20 * time.Second
+
+// gatewayKeepAlive is how often the gateway looks whether a silent connection still stands.
+const gatewayKeepAlive = 30 * time.Second
+
+// gatewayCommand is promferry gateway.
+type gatewayCommand struct{ settings *gatewayServerSettings }
+
+func newGatewayCommand(app *kingpin.Application) *gatewayCommand {
+	app.Command("gateway", "Take pushes as a Pushgateway does, and let Prometheus scrape each group as a target of its own (http_sd_configs).")
+	return &gatewayCommand{settings: newGatewayServerSettings()}
+}
+
+func (*gatewayCommand) name() string { return "gateway" }
+
+func (c *gatewayCommand) sets() ([]any, []anySetting) { return []any{c.settings}, c.settings.all() }
+
+// run runs the gateway until it is told to stop.
+func (c *gatewayCommand) run(in *invocation) (int, error) {
+	return 0, c.serveUntilStopped(in.context(), in)
+}
+
+func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) error {
+	s := c.settings
+	errs := append(in.unknown, s.check()...)
+	if err := validateWebConfig(s.WebConfigFile.value); err != nil {
+		errs = append(errs, s.WebConfigFile.fault(err))
+	}
+	if err := faults(errs); err != nil {
+		return err
+	}
+	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
+	registry := newRegistry()
+	g := gateway.New(gateway.Config{
+		StoreConfig: gateway.StoreConfig{
+			ExpireDefault: time.Duration(s.ExpireDefault.value), ForgetAfter: time.Duration(s.ForgetAfter.value),
+			MaxGroups: s.LimitGroups.value, MaxSeries: s.LimitGroupSeries.value,
+		},
+		MaxBodyBytes: int64(s.LimitBodyBytes.value), AdminAPI: s.WebEnableAdminAPI.value, Flags: s.flags(),
+		Gatherer: registry, Logger: logger, Registerer: registry,
+	})
+	notifier := newNotifier(logger)
+	r := newReloader("gateway", registry, logger, func() error { return validateWebConfig(s.WebConfigFile.value) })
+	r.before, r.after = notifier.reloading, notifier.ready
+	admin := newAdmin("gateway", r.reload)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/-/") {
+			admin.ServeHTTP(w, r)
+			return
+		}
+		g.ServeHTTP(w, r) // No ServeMux: that would redirect what is pushed to other paths.
+	})
+	listener, err := httpclient.ListenConfig(gatewayKeepAlive).Listen(ctx, "tcp", s.WebListenAddress.value)
+	if err != nil {
+		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
+	}
+	// A page of another site that somebody looks at must not push.
+	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(handler), logger)
+	// The gateway sets times of its own for what takes longer.
+	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
+	logger.Info("Starting promferry gateway", "version", version.Version)
+
+	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.Go(func() error { return server.Run(serveCtx) })
+	group.Go(func() error { return g.Run(serveCtx) })
+	group.Go(func() error { return r.Run(groupCtx) })
+	group.Go(func() error {
+		defer stop()
+		gatewayAlive(groupCtx, notifier, g.Summary)
+		admin.stopping()
+		notifier.stopping()
+		drainServer(groupCtx, server, logger)
+		return nil
+	})
+	admin.ready()
+	notifier.ready()
+	err = group.Wait()
+	logger.Info("Stopped")
+	return err
+}
+
+// gatewayAlive tells systemd that the gateway is, until ctx ends.
+func gatewayAlive(ctx context.Context, n *notifier, summary func() string) {
+	interval := n.interval()
+	if interval == 0 {
+		<-ctx.Done()
+		return
+	}
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		n.alive(summary())
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// drainServer takes no more connections, and lets requests in flight end.
+func drainServer(ctx context.Context, s *server, logger *slog.Logger) {
+	budget, cancel := context.WithTimeout(context.WithoutCancel(ctx), gatewayDrainBudget)
+	defer cancel()
+	if err := s.http.Shutdown(budget); err != nil {
+		logger.Warn("Requests in flight are cut", "err", err)
+	}
+}

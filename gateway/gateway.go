@@ -1,0 +1,203 @@
+// Package gateway is a gateway with the Pushgateway's API, in which each group is a target of
+// its own as well.
+package gateway
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/common/expfmt"
+
+	"github.com/promferry/promferry/pushgw"
+)
+
+// Config says what a Gateway does.
+type Config struct {
+	StoreConfig
+	// MaxBodyBytes is how large the body of a push may be, packed and unpacked.
+	MaxBodyBytes int64
+	// AdminAPI lets everybody who may push delete all groups.
+	AdminAPI bool
+	// Flags are told in /api/v1/status.
+	Flags map[string]string
+	// Gatherer has the metrics of the process, which stand on the page with all groups.
+	Gatherer   prometheus.Gatherer
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// A Gateway answers pushes and scrapes. It is safe for concurrent use.
+type Gateway struct {
+	config  Config
+	store   *Store
+	started time.Time
+	metrics *metrics
+	// parsing has room for as many pushes as are read and rendered at a time.
+	parsing chan struct{}
+}
+
+// New returns a Gateway without groups.
+func New(config Config) *Gateway {
+	store := NewStore(config.StoreConfig)
+	return &Gateway{
+		config: config, store: store, started: time.Now(), metrics: newMetrics(config.Registerer, store),
+		parsing: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
+	}
+}
+
+// Run takes groups out of memory that are gone, until ctx ends.
+func (g *Gateway) Run(ctx context.Context) error { return g.store.Run(ctx) }
+
+// Summary says in a line what there is.
+func (g *Gateway) Summary() string {
+	now := time.Now()
+	silent := 0
+	states := g.store.states(now)
+	for _, s := range states {
+		if s.silent(now) {
+			silent++
+		}
+	}
+	return fmt.Sprintf("%d groups, %d silent", len(states), silent)
+}
+
+// writeTime is how long a step of an answer may take to be taken.
+const writeTime = 30 * time.Second
+
+// ServeHTTP answers /metrics and all below it, /groups/, /sd and /api/v1/. No path is cleaned:
+// what is pushed goes where the path says, or nowhere.
+func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTime + parseTime + writeTime))
+	path := r.URL.EscapedPath()
+	switch {
+	case isGroupPath(path):
+		g.group(w, r, strings.TrimPrefix(path, "/metrics"))
+	case path == "/metrics":
+		answer(w, r, g.all)
+	case strings.HasPrefix(path, "/groups/") && isGroupPath("/metrics"+strings.TrimPrefix(path, "/groups")) && strings.HasSuffix(path, "/metrics"):
+		answer(w, r, g.target)
+	case path == "/sd":
+		answer(w, r, g.discovery)
+	case path == "/api/v1/metrics":
+		answer(w, r, g.apiMetrics)
+	case path == "/api/v1/status":
+		answer(w, r, g.apiStatus)
+	case path == "/api/v1/admin/wipe" && g.config.AdminAPI:
+		if allow(w, r, http.MethodPut) {
+			g.store.Wipe()
+			g.config.Logger.Info("All groups deleted", "remote", r.RemoteAddr)
+			w.WriteHeader(http.StatusAccepted)
+		}
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+// answer lets a handler answer GET.
+func answer(w http.ResponseWriter, r *http.Request, handler http.HandlerFunc) {
+	if allow(w, r, http.MethodGet) {
+		handler(w, r)
+	}
+}
+
+// allow tells whether a request has one of the methods. It answers others.
+func allow(w http.ResponseWriter, r *http.Request, methods ...string) bool {
+	if slices.Contains(methods, r.Method) {
+		return true
+	}
+	allowed := append(slices.Clone(methods), http.MethodOptions)
+	slices.Sort(allowed)
+	w.Header().Set("Allow", strings.Join(allowed, ", "))
+	if r.Method != http.MethodOptions {
+		http.Error(w, "Method Not Allowed: want one of "+strings.Join(allowed, ", "), http.StatusMethodNotAllowed)
+	}
+	return false
+}
+
+// group answers a push to a group, or its deletion.
+func (g *Gateway) group(w http.ResponseWriter, r *http.Request, path string) {
+	if !allow(w, r, http.MethodDelete, http.MethodPost, http.MethodPut) {
+		return
+	}
+	if r.Method == http.MethodDelete {
+		key, err := parseKey(path)
+		if err != nil {
+			refuse(w, asRefusal(err))
+			return
+		}
+		g.store.Delete(key)
+		w.WriteHeader(http.StatusAccepted)
+		return
+	}
+	start := time.Now()
+	key, err := parseKey(path)
+	if err == nil {
+		err = g.push(w, r, key)
+	}
+	g.metrics.duration.Observe(time.Since(start).Seconds())
+	if err == nil {
+		g.metrics.pushes[resultSuccess].Inc()
+		return // With 200.
+	}
+	refusal := asRefusal(err)
+	g.metrics.pushes[refusal.Reason].Inc()
+	g.config.Logger.Debug("Push refused", "method", r.Method, "path", r.URL.Path, "status", refusal.Status, "err", refusal)
+	refuse(w, refusal)
+}
+
+func refuse(w http.ResponseWriter, r *Refusal) { http.Error(w, r.Text, r.Status) }
+
+func (g *Gateway) push(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) error {
+	b := getBuffer()
+	defer putBuffer(b)
+	if err := g.readBody(w, r, b); err != nil {
+		return err
+	}
+	select {
+	case g.parsing <- struct{}{}:
+		defer func() { <-g.parsing }()
+	case <-r.Context().Done():
+		return badBody(context.Cause(r.Context())) // Nobody waits for the answer.
+	}
+	families, err := readFamilies(r.Context(), b.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
+	if err != nil {
+		return err
+	}
+	return g.store.Push(key, families, r.Method == http.MethodPost)
+}
+
+// all answers a scrape of all groups. It is always text: Prometheus refuses all of a page in
+// protobuf for one native histogram that is wrong.
+func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
+	scheme := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...).ToEscapingScheme()
+	p := newPage(scheme)
+	own, err := g.config.Gatherer.Gather()
+	if err != nil {
+		g.config.Logger.Warn("Own metrics not complete", "err", err)
+	}
+	b := getBuffer()
+	defer putBuffer(b)
+	rendered, err := render(b, own)
+	if err != nil {
+		g.config.Logger.Warn("Own metrics left out", "err", err)
+	}
+	for _, f := range rendered {
+		p.add(f, []byte("{}"))
+	}
+	now := time.Now()
+	for _, s := range g.store.states(now) {
+		p.state(s, now)
+	}
+	g.metrics.leftOut.Set(float64(p.leftOut))
+	body, done := packed(w, r)
+	w.Header().Set("Content-Type", string(expfmt.FmtText.WithEscapingScheme(scheme)))
+	_ = p.write(body)
+	done()
+}

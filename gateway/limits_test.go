@@ -1,0 +1,113 @@
+package gateway
+
+import (
+	"bufio"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/common/expfmt"
+)
+
+// TestLimits goes beyond each limit. What was there stays, and others go on.
+func TestLimits(t *testing.T) {
+	g := newTest(func(c *Config) { c.MaxGroups, c.MaxSeries, c.MaxBodyBytes = 2, 3, 1000 })
+	const group = "/metrics/job/j"
+	put(t, g, group, "a 1\n")
+	random := make([]byte, 2000)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(random)
+	noise := gzipText(t, string(random))
+	for _, test := range []struct {
+		name   string
+		answer *httptest.ResponseRecorder
+		status int
+		part   string
+	}{
+		{"body", ask(g, http.MethodPut, group, "# "+strings.Repeat("x", 1000)+"\n"), http.StatusRequestEntityTooLarge, "--limit.body-bytes"},
+		{"body unpacked", ask(g, http.MethodPut, group, gzipText(t, "# "+strings.Repeat("x", 1000)+"\n"), "Content-Encoding", "gzip"), http.StatusRequestEntityTooLarge, "--limit.body-bytes"},
+		{"body packed", ask(g, http.MethodPut, group, noise, "Content-Encoding", "gzip"), http.StatusRequestEntityTooLarge, "--limit.body-bytes"},
+		{"series", ask(g, http.MethodPut, group, "a 1\nb 1\nc 1\nd 1\n"), http.StatusUnprocessableEntity, "--limit.group-series"},
+		{"series of a protobuf", ask(g, http.MethodPut, group, delimited(t, gauge("a"), gauge("b"), gauge("c"), gauge("d")), "Content-Type", string(expfmt.FmtProtoDelim)), http.StatusUnprocessableEntity, "--limit.group-series"},
+		{"series, some of them there", ask(g, http.MethodPost, group, "b 1\nc 1\nd 1\n"), http.StatusUnprocessableEntity, "--limit.group-series"},
+	} {
+		want(t, test.answer, test.status, test.part)
+		if t.Failed() {
+			t.Fatal(test.name)
+		}
+	}
+	put(t, g, "/metrics/job/k", "a 1\nb 1\nc 1\n")
+	want(t, ask(g, http.MethodPut, "/metrics/job/l", "a 1\n"), http.StatusTooManyRequests, "--limit.groups")
+	want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK, `a{instance="",job="j"} 1`, "!b{")
+	want(t, ask(g, http.MethodDelete, "/metrics/job/k", ""), http.StatusAccepted)
+	put(t, g, "/metrics/job/l", "a 1\n")
+}
+
+// listener accepts the far ends of pipes.
+type listener struct {
+	net.Listener
+	ends chan net.Conn
+}
+
+func (l listener) Accept() (net.Conn, error) {
+	c, ok := <-l.ends
+	if !ok {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+
+func (listener) Close() error   { return nil }
+func (listener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// TestSlow has clients that stop in the middle: of a body, and of reading a page. Neither is
+// waited for longer than its step may take.
+func TestSlow(t *testing.T) {
+	for _, test := range []struct {
+		name, request string
+		took          time.Duration
+		answer        string
+	}{
+		{"body", "PUT /metrics/job/j HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\na 1\n", bodyTime, "408 Request Timeout"},
+		{"page", "GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n", writeTime, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newTest(nil)
+				put(t, g, "/metrics/job/j", "a 1\n")
+				ends := make(chan net.Conn)
+				gone := make(chan time.Duration, 1)
+				begin := time.Now()
+				server := &http.Server{Handler: g, ReadHeaderTimeout: time.Second, ConnState: func(_ net.Conn, s http.ConnState) {
+					if s == http.StateClosed {
+						gone <- time.Since(begin)
+					}
+				}}
+				var wg sync.WaitGroup
+				wg.Go(func() { _ = server.Serve(listener{ends: ends}) })
+				near, far := net.Pipe()
+				ends <- far
+				_, _ = io.WriteString(near, test.request)
+				if test.answer != "" {
+					if b, _ := bufio.NewReader(near).ReadString('\n'); !strings.Contains(b, test.answer) {
+						t.Errorf("the answer is %q", b)
+					}
+					wg.Go(func() { _, _ = io.Copy(io.Discard, near) })
+				}
+				if took := <-gone; took < test.took || took > test.took+time.Second {
+					t.Errorf("it took %v, want %v", took, test.took)
+				}
+				_ = near.Close()
+				close(ends)
+				wg.Wait()
+				_ = server.Close()
+			})
+		})
+	}
+}

@@ -1,0 +1,87 @@
+package gateway
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// What can become of a push.
+const (
+	resultSuccess      = "success"
+	reasonPath         = "bad_path"
+	reasonBody         = "bad_body"
+	reasonInconsistent = "inconsistent"
+	reasonSize         = "too_large"
+	reasonSeries       = "too_many_series"
+	reasonGroups       = "too_many_groups"
+	reasonTimeout      = "timeout"
+)
+
+var results = []string{
+	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout,
+}
+
+type metrics struct {
+	pushes   map[string]prometheus.Counter
+	duration prometheus.Histogram
+	leftOut  prometheus.Gauge
+}
+
+func newMetrics(reg prometheus.Registerer, store *Store) *metrics {
+	pushes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "promferry_gateway_pushes_total", Help: "Puts and adds, by what came of them.",
+	}, []string{"result"})
+	m := &metrics{
+		pushes: make(map[string]prometheus.Counter),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "promferry_gateway_push_duration_seconds", Help: "How long puts and adds took, with the time in which their bodies came.",
+			Buckets: []float64{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30},
+		}),
+		leftOut: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "promferry_gateway_left_out_families", Help: "Families of groups that the last page with all groups had to leave out because they clash with those of groups before.",
+		}),
+	}
+	for _, result := range results {
+		m.pushes[result] = pushes.WithLabelValues(result)
+	}
+	reg.MustRegister(pushes, m.duration, m.leftOut, collector{store})
+	return m
+}
+
+// collector counts when it is asked.
+type collector struct{ store *Store }
+
+var (
+	groupsDesc = prometheus.NewDesc("promferry_gateway_groups", "Groups; down are those whose last put said up 0, refused those that no push to ever succeeded.", []string{"state"}, nil)
+	seriesDesc = prometheus.NewDesc("promferry_gateway_series", "Series in all groups.", nil, nil)
+)
+
+func (c collector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- groupsDesc
+	ch <- seriesDesc
+}
+
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	counts := map[string]int{"live": 0, "down": 0, "silent": 0, "refused": 0}
+	series := 0
+	now := time.Now()
+	for _, s := range c.store.states(now) {
+		switch {
+		case s.content == nil:
+			counts["refused"]++
+			continue
+		case s.silent(now):
+			counts["silent"]++
+		case s.content.down:
+			counts["down"]++
+		default:
+			counts["live"]++
+		}
+		series += s.content.series
+	}
+	for state, n := range counts {
+		ch <- prometheus.MustNewConstMetric(groupsDesc, prometheus.GaugeValue, float64(n), state)
+	}
+	ch <- prometheus.MustNewConstMetric(seriesDesc, prometheus.GaugeValue, float64(series))
+}

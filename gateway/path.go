@@ -1,0 +1,96 @@
+package gateway
+
+import (
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/prometheus/common/model"
+
+	"github.com/promferry/promferry/pushgw"
+)
+
+const base64Suffix = "@base64"
+
+// isGroupPath tells whether an escaped path is that of a group: it begins with
+// /metrics/job/ or /metrics/job@base64/.
+func isGroupPath(path string) bool {
+	rest, ok := strings.CutPrefix(path, "/metrics/job")
+	return ok && strings.HasPrefix(strings.TrimPrefix(rest, base64Suffix), "/")
+}
+
+// parseKey returns the grouping key that an escaped path names, which begins with /job/ or
+// /job@base64/. A label that comes twice has its last value. A label without a value is, as
+// everywhere in Prometheus, no label. Errors are *Refusal.
+func parseKey(path string) (pushgw.GroupingKey, error) {
+	segments := strings.Split(strings.TrimPrefix(path, "/"), "/")
+	if len(segments)%2 != 0 {
+		return pushgw.GroupingKey{}, badPath("odd number of components in label string %q: want name/value pairs, as in /job/backup/instance/web-1", "/"+strings.Join(segments[min(2, len(segments)):], "/"))
+	}
+	job, err := segmentValue(model.JobLabel, segments[0], segments[1])
+	if err != nil {
+		return pushgw.GroupingKey{}, err
+	}
+	if job == "" {
+		return pushgw.GroupingKey{}, badPath("job name is required: want /metrics/job/NAME")
+	}
+	labels := make(map[string]string)
+	for i := 2; i < len(segments); i += 2 {
+		name, err := url.PathUnescape(segments[i])
+		if err != nil {
+			return pushgw.GroupingKey{}, badPath("%v", err)
+		}
+		name = strings.TrimSuffix(name, base64Suffix)
+		if !validLabel(name) || !model.LegacyValidation.IsValidLabelName(name) {
+			return pushgw.GroupingKey{}, badPath("improper label name %q: letters, digits and _ make one, a digit not at the begin, nor two _", name)
+		}
+		if segments[i+1] == "" {
+			return pushgw.GroupingKey{}, badPath("label %s: an empty path segment; an empty value is written %s%s/=", name, name, base64Suffix)
+		}
+		if labels[name], err = segmentValue(name, segments[i], segments[i+1]); err != nil {
+			return pushgw.GroupingKey{}, err
+		}
+	}
+	delete(labels, model.JobLabel) // The one at the begin wins.
+	maps.DeleteFunc(labels, func(_, value string) bool { return value == "" })
+	return pushgw.GroupingKey{Job: job, Labels: labels}, nil
+}
+
+// segmentValue returns the value of a label that is written in a segment, whose name ends with
+// @base64 where it is written so.
+func segmentValue(label, name, value string) (string, error) {
+	value, err := url.PathUnescape(value)
+	if err != nil {
+		return "", badPath("label %s: %v", label, err)
+	}
+	if strings.HasSuffix(name, base64Suffix) {
+		decoded, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(value, "="))
+		if err != nil {
+			return "", badPath("label %s: invalid base64 encoding %q: want that for URLs, with - and _ for + and /", label, value)
+		}
+		value = string(decoded)
+	}
+	if !utf8.ValidString(value) {
+		return "", badPath("label %s: the value %q is not UTF-8", label, value)
+	}
+	return value, nil
+}
+
+func badPath(format string, args ...any) error {
+	return &Refusal{Status: http.StatusBadRequest, Reason: reasonPath, Text: fmt.Sprintf(format, args...)}
+}
+
+// groupPath returns the path of a group as pushgw writes it, below /metrics or /groups.
+func groupPath(key pushgw.GroupingKey) string { return strings.TrimPrefix(key.Path(), "/metrics") }
+
+// labelsOf returns all labels of a key, job among them.
+func labelsOf(key pushgw.GroupingKey) map[string]string {
+	labels := make(map[string]string, len(key.Labels)+1)
+	maps.Copy(labels, key.Labels)
+	labels[model.JobLabel] = key.Job
+	return labels
+}

@@ -1,0 +1,166 @@
+package gateway
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/snappy"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/promferry/promferry/exposition"
+)
+
+const (
+	// bodyTime is how long the body of a push may take to come, parseTime how long it may take
+	// to be understood.
+	bodyTime  = time.Minute
+	parseTime = 30 * time.Second
+)
+
+// readBody reads the body of a push into b, unpacked.
+func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) error {
+	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Now().Add(bodyTime))
+	most := g.config.MaxBodyBytes
+	var body io.Reader = http.MaxBytesReader(w, r.Body, most)
+	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
+	switch encoding {
+	case "gzip":
+		z, err := gzip.NewReader(body)
+		if err != nil {
+			return g.bodyFault(encoding, err)
+		}
+		body = z
+	case "snappy":
+		body = snappy.NewReader(body)
+	default: // As a Pushgateway does: it is read as it is.
+		encoding = ""
+	}
+	n, err := b.ReadFrom(io.LimitReader(body, most+1))
+	if err != nil {
+		return g.bodyFault(encoding, err)
+	}
+	if n > most {
+		return g.tooLarge()
+	}
+	// All of it came. At a deadline in the time that follows, net/http would end the request.
+	_ = control.SetReadDeadline(time.Now().Add(parseTime + writeTime))
+	return nil
+}
+
+func (g *Gateway) bodyFault(encoding string, err error) error {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return g.tooLarge()
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return &Refusal{Status: http.StatusRequestTimeout, Reason: reasonTimeout, Text: fmt.Sprintf("the body did not come within %v", bodyTime)}
+	}
+	if encoding != "" {
+		err = fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %s: %w", encoding, err)
+	}
+	return badBody(err)
+}
+
+func (g *Gateway) tooLarge() error {
+	return &Refusal{
+		Status: http.StatusRequestEntityTooLarge, Reason: reasonSize,
+		Text: fmt.Sprintf("the body is larger than %d bytes, packed or unpacked (--limit.body-bytes)", g.config.MaxBodyBytes),
+	}
+}
+
+// readFamilies reads the families of a push. Where they cannot be read, or there are more series
+// than maxSeries, the error is a *Refusal. A push without any series is none.
+func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries int) ([]*dto.MetricFamily, error) {
+	ctx, cancel := context.WithTimeout(ctx, parseTime)
+	defer cancel()
+	var families []*dto.MetricFamily
+	var err error
+	if isProtobuf(contentType) {
+		families, _, err = exposition.Read(ctx, b, exposition.Protobuf.ContentType())
+	} else {
+		if n := sampleLines(b); n > maxSeries {
+			return nil, tooManySeries(n, maxSeries)
+		}
+		families, err = readText(ctx, b)
+	}
+	switch {
+	case errors.Is(err, exposition.ErrEmpty):
+		return nil, nil
+	case errors.Is(err, exposition.ErrTooLarge):
+		return nil, &Refusal{Status: http.StatusRequestEntityTooLarge, Reason: reasonSize, Text: err.Error()}
+	case errors.Is(err, context.DeadlineExceeded):
+		return nil, &Refusal{Status: http.StatusRequestEntityTooLarge, Reason: reasonTimeout, Text: fmt.Sprintf("the body takes longer than %v to read", parseTime)}
+	case err != nil:
+		return nil, badBody(err)
+	}
+	if n := exposition.Samples(families); n > maxSeries {
+		return nil, tooManySeries(n, maxSeries)
+	}
+	return families, nil
+}
+
+func badBody(err error) error {
+	return &Refusal{Status: http.StatusBadRequest, Reason: reasonBody, Text: err.Error()}
+}
+
+// isProtobuf tells whether a push has a Content-Type that is exactly that of protobuf. All
+// else is text to a Pushgateway.
+func isProtobuf(contentType string) bool {
+	typ, params, err := mime.ParseMediaType(contentType)
+	return err == nil && typ == "application/vnd.google.protobuf" &&
+		params["proto"] == "io.prometheus.client.MetricFamily" && params["encoding"] == "delimited"
+}
+
+// sampleLines counts the lines of a text that have a sample.
+func sampleLines(b []byte) int {
+	n := 0
+	for line := range bytes.Lines(b) {
+		if line = bytes.TrimLeft(line, " \t"); len(line) > 0 && line[0] != '#' && line[0] != '\n' {
+			n++
+		}
+	}
+	return n
+}
+
+// readText reads a text, in the order of nothing. Unlike exposition.Read it mends nothing.
+func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	byName, err := parser.TextToMetricFamilies(&reader{ctx: ctx, r: bytes.NewReader(b)})
+	if err != nil {
+		return nil, cmp.Or(ctx.Err(), err)
+	}
+	families := make([]*dto.MetricFamily, 0, len(byName))
+	for _, family := range byName {
+		if family.GetType() == dto.MetricType_GAUGE_HISTOGRAM {
+			return nil, fmt.Errorf("family %q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
+		}
+		families = append(families, family)
+	}
+	return families, nil
+}
+
+// reader ends with ctx. The parser takes time that grows with the square of the number of
+// labels of a series, and has no other way to be stopped.
+type reader struct {
+	ctx context.Context //nolint:containedctx // It stands for a parameter that io.Reader has not.
+	r   io.Reader
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
+}

@@ -1,0 +1,213 @@
+package gateway
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+// targetGroup is an entry of http_sd.
+type targetGroup struct {
+	Targets []string          `json:"targets"`
+	Labels  map[string]string `json:"labels"`
+}
+
+// discovery answers service discovery (http_sd_configs) with one target for each group, silent
+// ones included.
+func (g *Gateway) discovery(w http.ResponseWriter, r *http.Request) {
+	states := g.store.states(time.Now())
+	slices.SortFunc(states, func(a, b *state) int { return strings.Compare(a.group.path, b.group.path) })
+	entries := make([]targetGroup, 0, len(states))
+	for _, s := range states {
+		labels := labelsOf(s.group.key)
+		labels[model.MetricsPathLabel] = "/groups" + s.group.path + "/metrics"
+		if r.TLS != nil {
+			labels[model.SchemeLabel] = "https"
+		}
+		entries = append(entries, targetGroup{[]string{r.Host}, labels})
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(steady(w)).Encode(entries)
+}
+
+// target answers a scrape of one group: what was pushed there, without what Prometheus makes of
+// each scrape itself.
+func (g *Gateway) target(w http.ResponseWriter, r *http.Request) {
+	path := strings.TrimSuffix(strings.TrimPrefix(r.URL.EscapedPath(), "/groups"), "/metrics")
+	key, err := parseKey(path)
+	if err != nil {
+		refuse(w, asRefusal(err))
+		return
+	}
+	now := time.Now()
+	s := g.store.state(key, now)
+	switch {
+	case s == nil:
+		http.Error(w, fmt.Sprintf("there is no group %s: nothing was pushed there, or it was deleted, or was silent for too long", key), http.StatusNotFound)
+	case s.content == nil:
+		unavailable(w, "no push to the group %s ever succeeded; the last one was refused at %s", key, stamp(s.failed))
+	case s.silent(now):
+		unavailable(w, "the group %s is silent since %s: the last push, at %s, was good until then", key, stamp(s.silentFrom), stamp(s.pushed))
+	case s.content.down:
+		unavailable(w, "the group %s is down since %s: its last push, at %s, says up 0", key, stamp(s.downSince), stamp(s.pushed))
+	default:
+		s.serve(w, r, g)
+	}
+}
+
+func unavailable(w http.ResponseWriter, format string, args ...any) {
+	http.Error(w, fmt.Sprintf(format, args...), http.StatusServiceUnavailable)
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// serve writes the page of a group, in the format that the scrape prefers.
+func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
+	format := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...)
+	scheme := format.ToEscapingScheme()
+	w.Header().Set("Content-Type", string(format))
+	if format.FormatType() == expfmt.TypeTextPlain && (!s.content.quoted || scheme == model.NoEscaping) {
+		w.Header().Set("Vary", "Accept, Accept-Encoding")
+		body := s.content.page
+		if acceptsGzip(r) {
+			w.Header().Set("Content-Encoding", "gzip")
+			body = s.gzipped()
+		} else {
+			body = append(slices.Clip(body), s.times()...)
+		}
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		_, _ = w.Write(body)
+		return
+	}
+	if err := s.encode(w, r, format, g.config.Logger); err != nil {
+		g.config.Logger.Debug("Group not written", "group", s.group.key.String(), "err", err)
+	}
+}
+
+// encode writes the page of a group in a format that it is not ready in.
+func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format, logger *slog.Logger) error {
+	body, done := packed(w, r)
+	defer done()
+	if format.FormatType() == expfmt.TypeTextPlain {
+		p := newPage(format.ToEscapingScheme())
+		for _, f := range s.content.families[s.content.own:] {
+			p.add(f, s.group.labels)
+		}
+		p.times(s)
+		return p.write(body)
+	}
+	encoder := expfmt.NewEncoder(body, format)
+	for _, f := range s.content.families[s.content.own:] {
+		escaped, err := f.escaped(format.ToEscapingScheme())
+		if err != nil {
+			logger.Debug("Family left out", "group", s.group.key.String(), "family", f.name, "err", err)
+			continue
+		}
+		if err := encoder.Encode(escaped); err != nil {
+			return err
+		}
+	}
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	times, err := parser.TextToMetricFamilies(bytes.NewReader(s.times()))
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{pushFailureTimeName, pushTimeName} {
+		if err := encoder.Encode(times[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// times returns the text of when the group was pushed to.
+func (s *state) times() []byte {
+	p := newPage(model.NoEscaping)
+	p.times(s)
+	var b bytes.Buffer
+	_ = p.write(&b)
+	return b.Bytes()
+}
+
+// gzipped returns the page of the group, gzipped. It is made when it is first asked for.
+func (s *state) gzipped() []byte {
+	s.zip.Do(func() {
+		b := getBuffer()
+		defer putBuffer(b)
+		z := newGzip(b)
+		_, _ = z.Write(s.content.page)
+		_, _ = z.Write(s.times())
+		_ = z.Close()
+		gzips.Put(z)
+		s.zipped = bytes.Clone(b.Bytes())
+	})
+	return s.zipped
+}
+
+// acceptsGzip tells whether an answer may be gzipped.
+func acceptsGzip(r *http.Request) bool {
+	for part := range strings.SplitSeq(r.Header.Get("Accept-Encoding"), ",") {
+		name, params, _ := strings.Cut(part, ";")
+		if strings.TrimSpace(name) == "gzip" {
+			weight, err := strconv.ParseFloat(strings.TrimPrefix(strings.TrimSpace(params), "q="), 64)
+			return err != nil || weight > 0
+		}
+	}
+	return false
+}
+
+// packed returns where to write a long answer, gzipped where that is accepted, and what to call
+// at its end.
+func packed(w http.ResponseWriter, r *http.Request) (body io.Writer, done func()) {
+	w.Header().Set("Vary", "Accept, Accept-Encoding")
+	if !acceptsGzip(r) {
+		return steady(w), func() {}
+	}
+	w.Header().Set("Content-Encoding", "gzip")
+	z := newGzip(steady(w))
+	return z, func() {
+		_ = z.Close()
+		gzips.Put(z)
+	}
+}
+
+// gzips are used again: a new one allocates some hundred KiB.
+var gzips = sync.Pool{New: func() any {
+	// An error would mean that BestSpeed is no level.
+	z, _ := gzip.NewWriterLevel(nil, gzip.BestSpeed)
+	return z
+}}
+
+func newGzip(w io.Writer) *gzip.Writer {
+	z := gzips.Get().(*gzip.Writer)
+	z.Reset(w)
+	return z
+}
+
+// steadyWriter gives each write a time of its own, so that a long answer may take long, but
+// nobody who stops to read it holds it for ever.
+type steadyWriter struct {
+	w       io.Writer
+	control *http.ResponseController
+}
+
+func steady(w http.ResponseWriter) io.Writer {
+	return steadyWriter{w, http.NewResponseController(w)}
+}
+
+func (s steadyWriter) Write(b []byte) (int, error) {
+	_ = s.control.SetWriteDeadline(time.Now().Add(writeTime))
+	return s.w.Write(b)
+}
