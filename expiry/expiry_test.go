@@ -170,6 +170,47 @@ func TestAway(t *testing.T) {
 	}
 }
 
+// TestLeap has a clock that is a day and more ahead for ten seconds: nothing is deleted for
+// that, and after it silence counts from when the clock was right again.
+func TestLeap(t *testing.T) {
+	for _, leap := range []time.Duration{time.Minute, 30 * time.Hour, 200 * 365 * 24 * time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGateway(t)
+			g.push("silent", 10)
+			s := config(g)
+			go func() {
+				<-time.After(31 * time.Second)
+				g.push("dead", 40)
+				<-time.After(time.Second)
+				g.set(func() { g.skew = leap })
+				<-time.After(10 * time.Second)
+				g.set(func() { g.skew = 0 })
+			}()
+			s.run(t, 3*time.Minute)
+			equal(t, g.did(), op{15 * time.Second, "put", "silent"}, op{90 * time.Second, "put", "dead"})
+		})
+	}
+}
+
+// TestOneInTheWay has a group whose put never gets an answer: the others have their turn.
+func TestOneInTheWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGateway(t)
+		for _, instance := range []string{"a", "b", "c", "d"} {
+			g.push(instance, 7)
+		}
+		g.answer = func(o op) error {
+			if o.instance == "a" || o.instance == "c" {
+				return errors.New("reset")
+			}
+			return nil
+		}
+		config(g).run(t, 21*time.Second)
+		at := func(seconds time.Duration, instance string) op { return op{seconds * time.Second, "put", instance} }
+		equal(t, g.did(), at(10, "a"), at(15, "b"), at(15, "c"), at(20, "d"), at(20, "a"))
+	})
+}
+
 // TestForget has a group that is put down after a minute, and deleted a day later.
 func TestForget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -296,6 +337,8 @@ func TestRefusedPut(t *testing.T) {
 		}{
 			{&pushgw.StatusError{Op: "put", URL: "u", Code: 400}, "[a b c]", "invalid"},
 			{&pushgw.StatusError{Op: "put", URL: "u", Code: 413}, "[a b c]", "status"},
+			{&pushgw.StatusError{Op: "put", URL: "u", Code: 403}, "[a b c]", "status"},
+			{&pushgw.StatusError{Op: "put", URL: "u", Code: 500}, "[a b c]", "status"},
 			{&pushgw.StatusError{Op: "put", URL: "u", Code: 401}, "[a]", "status"},
 			{&pushgw.StatusError{Op: "put", URL: "u", Code: 503}, "[a]", "status"},
 			{errors.New("reset"), "[a]", "other"},

@@ -100,8 +100,8 @@ func (p Prune) Delete(ctx context.Context, g Gateway, found []Old) ([]Old, error
 			continue
 		}
 		errs = append(errs, err)
-		if se, ok := errors.AsType[*pushgw.StatusError](err); !ok || !se.Final() {
-			break // It is not because of this group.
+		if !onlyThis(err) {
+			break
 		}
 	}
 	return deleted, errors.Join(errs...)

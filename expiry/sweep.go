@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"slices"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
@@ -38,6 +40,8 @@ type sweeper struct {
 	// expected is when, by the Pushgateway's clock, the sweep after the last one that listed
 	// was to be; back is when the Pushgateway was back from being away. Only sweep uses them.
 	expected, back time.Time
+	// stopped is the group at which the last sweep that did not come to its end stopped.
+	stopped string
 	// listing is how long the last listing took. Only run and sweep use it.
 	listing time.Duration
 }
@@ -191,7 +195,8 @@ func (s *sweeper) judge(g pushgw.Group, now, since time.Time) (string, verdict) 
 		// From the last push, which was the one that put it down, and not from when the
 		// silence began: after a week-end's outage of the hub, up 0 stands long enough
 		// for somebody to see it.
-		if now.Sub(g.Pushed) >= s.cfg.ForgetAfter {
+		// Nor is the time of an absence counted, which may be a clock that leaps.
+		if now.Sub(g.Pushed) >= s.cfg.ForgetAfter && now.Sub(s.back) >= s.cfg.ForgetAfter {
 			return stateSilent, forget
 		}
 		return stateSilent, nothing
@@ -210,9 +215,13 @@ func (s *sweeper) judge(g pushgw.Group, now, since time.Time) (string, verdict) 
 func (s *sweeper) act(ctx context.Context, found findings) error {
 	begin := time.Now()
 	var failed []error
-	for i, a := range found.actions {
+	// A group that fails each time must not be in the way of the others each time.
+	at := func(a action) bool { return a.group.Key.String() == s.stopped }
+	after := slices.IndexFunc(found.actions, at) + 1
+	actions := slices.Concat(found.actions[after:], found.actions[:after])
+	for i, a := range actions {
 		if time.Since(begin) > actFor {
-			s.faults.Logger.InfoContext(ctx, "The rest waits for the next sweep: the list is old", "done", i, "left", len(found.actions)-i)
+			s.faults.Logger.InfoContext(ctx, "The rest waits for the next sweep: the list is old", "done", i, "left", len(actions)-i)
 			break
 		}
 		err := s.do(ctx, a, found.now)
@@ -224,8 +233,9 @@ func (s *sweeper) act(ctx context.Context, found findings) error {
 		}
 		s.metrics.failures.WithLabelValues(s.gateway.String(), reason(err)).Inc()
 		failed = append(failed, err)
-		if se, ok := errors.AsType[*pushgw.StatusError](err); !ok || !se.Final() {
-			break // It is not because of this group.
+		if !onlyThis(err) {
+			s.stopped = a.group.Key.String()
+			break
 		}
 	}
 	switch len(failed) {
@@ -235,6 +245,20 @@ func (s *sweeper) act(ctx context.Context, found findings) error {
 		return failed[0]
 	}
 	return fmt.Errorf("%w; and %d more", failed[0], len(failed)-1)
+}
+
+// onlyThis tells whether an error may be because of one group: a Pushgateway, or what is in front
+// of it, has answered, and not that it is busy or does not know us.
+func onlyThis(err error) bool {
+	answer, ok := errors.AsType[*pushgw.StatusError](err)
+	if !ok {
+		return false
+	}
+	switch answer.Code {
+	case http.StatusUnauthorized, http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		return false
+	}
+	return true
 }
 
 func (s *sweeper) do(ctx context.Context, a action, now time.Time) error {

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/pushgw"
@@ -88,8 +89,9 @@ func NewLedger(stateDir, lockFile, machine string) (*Ledger, error) {
 	if !machineID.MatchString(machine) {
 		return nil, errors.New("no machine ID: want 32 hexadecimal digits")
 	}
-	// Two agents may share a state directory when each has a lock of its own. A state
-	// directory may be moved, lock and all.
+	// Of two agents that share a state directory, each with a lock of its own, neither acts on
+	// what the other noted; the last one to start has the file. A state directory may be moved,
+	// lock and all.
 	if lock, err := filepath.Rel(stateDir, lockFile); err == nil {
 		lockFile = lock
 	}
@@ -152,7 +154,14 @@ func (l *Ledger) peek() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	read, err := l.read(func(name string) (*os.File, error) { return os.Open(filepath.Join(l.path, name)) })
+	read, err := l.read(func(name string) (*os.File, error) {
+		// It waits for nothing, should something else than a file be there.
+		f, err := os.OpenFile(filepath.Join(l.path, name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		if errors.Is(err, fs.ErrPermission) {
+			err = fmt.Errorf("%w: run it as root, or as the agent's user, to see what would be deleted", err)
+		}
+		return f, err
+	})
 	l.groups = read
 	return err
 }
