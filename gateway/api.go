@@ -45,7 +45,8 @@ func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	now := time.Now()
-	for i, s := range g.store.states(now) {
+	comma := ""
+	for _, s := range g.store.states(now) {
 		group, err := s.listed(now)
 		if err != nil {
 			g.config.Logger.Warn("Group listed without its families", "group", s.group.key.String(), "err", err)
@@ -55,12 +56,10 @@ func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
 			g.config.Logger.Warn("Group not listed", "group", s.group.key.String(), "err", err)
 			continue
 		}
-		if i > 0 {
-			b = append([]byte{','}, b...)
-		}
-		if _, err := body.Write(b); err != nil {
+		if _, err := fmt.Fprintf(body, "%s%s", comma, b); err != nil {
 			return
 		}
+		comma = ","
 	}
 	_, _ = fmt.Fprint(body, "]}")
 }
