@@ -69,6 +69,7 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
 	exporter := startExporter(t).URL + "/metrics"
 	proxy := serveFerry("proxy", "--state.dir="+filepath.Join(dir, "proxy"), "--web.config.file="+webConfig)
 	expire := serveFerry("expire", "--push.url="+gateway.URL, "--sweep.interval=1s")
+	ours := serveFerry("gateway")
 
 	// web-1 lives, with a target of each kind that is down, a Pushgateway and a proxy that are away.
 	agent := startAgent(t, "--instance=web-1", "--fqdn=web-1", "--push.http-config="+httpConfig,
@@ -100,13 +101,16 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
   static_configs: [{targets: [%q]}]
 - job_name: promferry-expire
   static_configs: [{targets: [%q]}]
+- job_name: promferry-gateway
+  honor_labels: true
+  static_configs: [{targets: [%q]}]
 - job_name: promferry
   static_configs: [{targets: [%q], labels: {instance: web-1}}]
 - job_name: pulled
   proxy_url: %s
-  http_sd_configs: [{url: %[5]s/sd, refresh_interval: 1s}]
+  http_sd_configs: [{url: %[6]s/sd, refresh_interval: 1s}]
 rule_files: [%q]
-`, gateway.Addr, proxy.Addr, expire.Addr, agent.Addr, proxy.URL, rules))
+`, gateway.Addr, proxy.Addr, expire.Addr, ours.Addr, agent.Addr, proxy.URL, rules))
 	if err != nil {
 		t.Fatal(err)
 	}
