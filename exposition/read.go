@@ -136,7 +136,7 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, er
 	if bytes.Count(b, []byte("\n")) > maxLines {
 		return nil, nil, fmt.Errorf("%w: more than %d lines", ErrTooLarge, maxLines)
 	}
-	families, err := parseText(ctx, b)
+	families, err := ParseText(ctx, b)
 	if err == nil || ctx.Err() != nil {
 		return families, nil, err
 	}
@@ -144,7 +144,7 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, er
 	if !ok {
 		return nil, nil, err
 	}
-	families, err = parseText(ctx, mended)
+	families, err = ParseText(ctx, mended)
 	return families, left, err
 }
 
@@ -152,7 +152,9 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, er
 // some hundred. A node exposes a thousand of them, the largest exporters some 100,000.
 const maxLines = 2_000_000
 
-func parseText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
+// ParseText reads a text as it is, in the order of the families' names: unlike Read it mends and
+// bounds nothing but its time. Errors are ctx's or the parser's.
+func ParseText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	// UTF-8 names are read so that Rules.Check can leave out just the families that have
 	// them.
 	parser := expfmt.NewTextParser(model.UTF8Validation)

@@ -124,7 +124,8 @@ func (l *Ledger) open() error {
 		l.unsaved = true
 	case dir.Has(ledgerFile):
 		if renameErr := dir.Rename(ledgerFile, brokenLedgerFile); renameErr != nil {
-			return errors.Join(fmt.Errorf("%w; groups are not noted: move the file away", err), renameErr, dir.Close())
+			_ = dir.Close()
+			return fmt.Errorf("%w; groups are not noted: move the file away (%w)", err, renameErr)
 		}
 		l.unsaved = true
 		err = fmt.Errorf("%w; the file is now %s: delete the groups that it names and that are no longer wanted", err, dir.Path(brokenLedgerFile))

@@ -2,7 +2,6 @@ package gateway
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,8 +15,6 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/snappy"
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
-	"github.com/prometheus/common/model"
 
 	"github.com/promferry/promferry/exposition"
 )
@@ -134,33 +131,16 @@ func sampleLines(b []byte) int {
 	return n
 }
 
-// readText reads a text, in the order of nothing. Unlike exposition.Read it mends nothing.
+// readText reads a text. Unlike exposition.Read it mends nothing.
 func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
-	parser := expfmt.NewTextParser(model.UTF8Validation)
-	byName, err := parser.TextToMetricFamilies(&reader{ctx: ctx, r: bytes.NewReader(b)})
+	families, err := exposition.ParseText(ctx, b)
 	if err != nil {
-		return nil, cmp.Or(ctx.Err(), err)
+		return nil, err
 	}
-	families := make([]*dto.MetricFamily, 0, len(byName))
-	for _, family := range byName {
+	for _, family := range families {
 		if family.GetType() == dto.MetricType_GAUGE_HISTOGRAM {
 			return nil, fmt.Errorf("family %q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
 		}
-		families = append(families, family)
 	}
 	return families, nil
-}
-
-// reader ends with ctx. The parser takes time that grows with the square of the number of
-// labels of a series, and has no other way to be stopped.
-type reader struct {
-	ctx context.Context //nolint:containedctx // It stands for a parameter that io.Reader has not.
-	r   io.Reader
-}
-
-func (r *reader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.r.Read(p)
 }

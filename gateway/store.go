@@ -268,7 +268,9 @@ func (s *Store) sweep() {
 		if !g.removed && g.now.Load().gone(now) {
 			g.removed = true
 			s.mu.Lock()
-			delete(s.groups, g.path)
+			if s.groups[g.path] == g { // Not one that was made after this was deleted.
+				delete(s.groups, g.path)
+			}
 			s.mu.Unlock()
 		}
 		g.mu.Unlock()
