@@ -21,6 +21,7 @@ require (
 )
 
 require (
+	github.com/prometheus/alertmanager v0.31.1
 	go.yaml.in/yaml/v2 v2.4.4
 	golang.org/x/time v0.15.0
 )

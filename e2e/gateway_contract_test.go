@@ -222,7 +222,7 @@ func gatewayCases(t *testing.T) []gatewayCase {
 // startGateway starts a promferry gateway, which the helpers for a Pushgateway know as one.
 func startGateway(t *testing.T, flags ...string) *real.Gateway {
 	t.Helper()
-	s, err := real.Serve(t.Context(), "", real.Command{Path: promferry(t), Args: append([]string{"gateway"}, flags...)})
+	s, err := real.Serve(t.Context(), "", real.Command{Path: promferry(t), Args: append([]string{"gateway", "--state.dir=" + t.TempDir()}, flags...)})
 	if err != nil {
 		t.Fatal(err)
 	}

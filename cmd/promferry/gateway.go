@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -14,6 +15,8 @@ import (
 
 	"github.com/promferry/promferry/gateway"
 	"github.com/promferry/promferry/internal/httpclient"
+	"github.com/promferry/promferry/internal/statedir"
+	"github.com/promferry/promferry/lockfile"
 )
 
 // gatewayDrainBudget is how long the gateway takes at most to stop.
@@ -49,6 +52,18 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		return err
 	}
 	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
+	dir, err := statedir.Open(s.StateDir.value)
+	if err != nil {
+		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
+	}
+	defer func() { _ = dir.Close() }()
+	lock, err := lockfile.Acquire(dir.Path("gateway.pid"))
+	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
+		return fmt.Errorf("another gateway has this state directory: %w", held)
+	} else if err != nil {
+		return err
+	}
+	defer func() { _ = lock.Release() }()
 	registry := newRegistry()
 	g := gateway.New(gateway.Config{
 		StoreConfig: gateway.StoreConfig{
@@ -77,7 +92,7 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(handler), logger)
 	// The gateway sets times of its own for what takes longer.
 	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
-	logger.Info("Starting promferry gateway", "version", version.Version)
+	logger.Info("Starting promferry gateway", "version", version.Version, "state_dir", s.StateDir.value)
 
 	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()

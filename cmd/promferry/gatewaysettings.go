@@ -1,13 +1,19 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/alecthomas/units"
 	"github.com/prometheus/common/model"
 )
+
+// defaultGatewayStateDir is for a gateway that systemd gives none.
+const defaultGatewayStateDir = "/var/lib/promferry-gateway"
 
 // gatewayServerSettings are all settings of the gateway. The fields' names make the names of
 // the variables.
@@ -20,6 +26,7 @@ type gatewayServerSettings struct {
 	LimitBodyBytes    *setting[units.Base2Bytes] `split_words:"true"`
 	LimitGroupSeries  *setting[int]              `split_words:"true"`
 	LimitGroups       *setting[int]              `split_words:"true"`
+	StateDir          *setting[string]           `split_words:"true"`
 	LogLevel          *setting[string]           `split_words:"true"`
 	LogFormat         *setting[string]           `split_words:"true"`
 }
@@ -27,6 +34,7 @@ type gatewayServerSettings struct {
 // newGatewayServerSettings returns the settings with their defaults, the only place where these
 // stand.
 func newGatewayServerSettings() *gatewayServerSettings {
+	stateDir, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
 	return &gatewayServerSettings{
 		WebListenAddress:  text("web.listen-address", ":9091", "Address to listen on: for pushes, for scrapes of /metrics and of /groups/, and for /sd."),
 		WebConfigFile:     text("web.config.file", "", "Prometheus web configuration file, for TLS and basic auth of that address."),
@@ -36,6 +44,7 @@ func newGatewayServerSettings() *gatewayServerSettings {
 		LimitBodyBytes:    size("limit.body-bytes", 64*units.MiB, "How large the body of a push may be, packed and unpacked. Beyond it the answer is 413."),
 		LimitGroupSeries:  number("limit.group-series", 100000, "How many series a group may have. Beyond it the answer is 422."),
 		LimitGroups:       number("limit.groups", 20000, "How many groups there may be. Beyond it the answer is 429."),
+		StateDir:          text("state.dir", cmp.Or(stateDir, defaultGatewayStateDir), "Where the gateway keeps groups that do not expire, and which groups there are."),
 		LogLevel:          logLevel(),
 		LogFormat:         logFormat(),
 	}
@@ -44,7 +53,7 @@ func newGatewayServerSettings() *gatewayServerSettings {
 func (s *gatewayServerSettings) all() []anySetting {
 	return []anySetting{
 		s.WebListenAddress, s.WebConfigFile, s.WebEnableAdminAPI, s.ExpireDefault, s.ForgetAfter,
-		s.LimitBodyBytes, s.LimitGroupSeries, s.LimitGroups, s.LogLevel, s.LogFormat,
+		s.LimitBodyBytes, s.LimitGroupSeries, s.LimitGroups, s.StateDir, s.LogLevel, s.LogFormat,
 	}
 }
 
@@ -64,7 +73,7 @@ func (s *gatewayServerSettings) flags() map[string]string {
 		s.WebEnableAdminAPI.flag: s.WebEnableAdminAPI.String(), s.ExpireDefault.flag: s.ExpireDefault.String(),
 		s.ForgetAfter.flag: s.ForgetAfter.String(), s.LimitBodyBytes.flag: s.LimitBodyBytes.String(),
 		s.LimitGroupSeries.flag: s.LimitGroupSeries.String(), s.LimitGroups.flag: s.LimitGroups.String(),
-		s.LogLevel.flag: s.LogLevel.String(), s.LogFormat.flag: s.LogFormat.String(),
+		s.StateDir.flag: s.StateDir.String(), s.LogLevel.flag: s.LogLevel.String(), s.LogFormat.flag: s.LogFormat.String(),
 	}
 }
 

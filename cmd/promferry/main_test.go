@@ -298,13 +298,13 @@ repeated has a variable in the plural, with a comma between two values (a comma 
 URL is written %2C). A variable that is set but empty counts as not set. Times are written
 500ms, 15s, 1m30s; sizes 512KiB, 64MiB.
 
-The agent, the proxy and expire refuse a variable that begins with PROMFERRY_ and is none of
+The agent, the proxy, the gateway and expire refuse a variable that begins with PROMFERRY_ and is none of
 these, and whatever is wrong. The commands that run in a job, or for one, only tell of a wrong or unknown
 variable and go on without it; a wrong flag they refuse.
 
 The files that their settings name are read again on SIGHUP and on a POST to /-/reload;
 flags and variables need a restart. A bad file changes nothing, and says so in the log and
-in promferry_agent_last_reload_successful (promferry_proxy_..., promferry_expiry_...).
+in promferry_agent_last_reload_successful (promferry_proxy_..., promferry_gateway_..., promferry_expiry_...).
 `)
 	flags := map[string]string{
 		"agent":  "| `--once` | | | " + onceHelp + " |\n| `--dry-run` | | | " + dryRunHelp + " |\n",
@@ -323,7 +323,7 @@ in promferry_agent_last_reload_successful (promferry_proxy_..., promferry_expiry
 			// These defaults depend on where they are looked at.
 			if s, ok := setting.(textSetting); ok && s.flag == "instance" {
 				s.value = "the host name"
-			} else if ok && s.flag == "state.dir" && c.name() != "agent" && c.name() != "proxy" {
+			} else if ok && s.flag == "state.dir" && c.name() != "agent" && c.name() != "proxy" && c.name() != "gateway" {
 				s.value = defaultStateDir + " for root, else $XDG_STATE_HOME/promferry"
 			}
 			b.WriteString(setting.row())
