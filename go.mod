@@ -22,6 +22,7 @@ require (
 
 require (
 	github.com/prometheus/alertmanager v0.31.1
+	go.etcd.io/bbolt v1.5.0
 	go.yaml.in/yaml/v2 v2.4.4
 	golang.org/x/time v0.15.0
 )

@@ -34,9 +34,14 @@ func writeJSON(w http.ResponseWriter, v any) {
 	_ = json.NewEncoder(steady(w)).Encode(v)
 }
 
-// apiMetrics lists all groups as a Pushgateway does, one after the other, so that they are not
+// apiMetrics lists all groups as a Pushgateway does, or those that the query selects, one after the other, so that they are not
 // all in memory in this form.
 func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
+	matchers, err := matchersOf(r)
+	if err != nil {
+		refuse(w, asRefusal(err))
+		return
+	}
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	body, done := packed(w, r)
@@ -47,6 +52,9 @@ func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
 	comma := ""
 	for _, s := range g.store.states(now) {
+		if matchers != nil && !selected(matchers, s.group.key) {
+			continue
+		}
 		group, err := s.listed(now)
 		if err != nil {
 			g.config.Logger.Warn("Group listed without its families", "group", s.group.key.String(), "err", err)

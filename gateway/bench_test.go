@@ -19,7 +19,7 @@ func BenchmarkPut(b *testing.B) {
 	body := gzipText(b, text.String())
 	for _, groups := range []int{100, 5000} {
 		b.Run(fmt.Sprintf("groups=%d", groups), func(b *testing.B) {
-			g := newTest(func(c *Config) { c.MaxGroups = groups })
+			g := newTest(b, func(c *Config) { c.MaxGroups = groups })
 			put := func(i int) {
 				w := ask(g, http.MethodPut, fmt.Sprintf("/metrics/job/node/instance/web-%d", i%groups), body, "Content-Encoding", "gzip")
 				if w.Code != http.StatusOK {

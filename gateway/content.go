@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -13,8 +14,6 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 	"google.golang.org/protobuf/encoding/protodelim"
-
-	"github.com/promferry/promferry/exposition"
 )
 
 // The families that have a meaning for the gateway.
@@ -38,15 +37,11 @@ type family struct {
 	text []byte
 	// header is how long the HELP and TYPE lines are with which text begins.
 	header int
-	// series is how many series Prometheus makes of it.
-	series int
 	// quoted tells that it has a name that stands in quotes.
 	quoted bool
 	// native is the family as a delimited protobuf message, where it has native histograms,
 	// which text has not.
 	native []byte
-	// number is what up or promferry_expires_after_seconds say.
-	number float64
 }
 
 // buffers are used again: what a group holds is copied out of them in its exact size.
@@ -69,12 +64,13 @@ func render(b *bytes.Buffer, families []*dto.MetricFamily) ([]family, error) {
 	rendered := make([]family, 0, len(families))
 	ends := make([]int, 0, len(families))
 	for _, f := range families {
-		one := family{name: f.GetName(), typ: f.GetType(), series: exposition.Samples([]*dto.MetricFamily{f}), quoted: isQuoted(f), number: number(f)}
-		if len(f.GetMetric()) > 0 {
-			if _, err := expfmt.MetricFamilyToText(b, f); err != nil {
-				return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
-			}
+		if len(f.GetMetric()) == 0 {
+			continue
 		}
+		if _, err := expfmt.MetricFamilyToText(b, f); err != nil {
+			return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+		}
+		one := family{name: f.GetName(), typ: f.GetType(), quoted: isQuoted(f)}
 		if isNative(f) {
 			var native bytes.Buffer
 			if _, err := protodelim.MarshalTo(&native, f); err != nil {
@@ -114,101 +110,159 @@ func isNative(f *dto.MetricFamily) bool {
 	})
 }
 
+// series returns how many series a family has in a text.
+func (f family) series() int { return bytes.Count(f.text[f.header:], []byte{'\n'}) }
+
 // number returns the largest number that a family of gauges has, or without a type; NaN
 // where there is none.
-func number(f *dto.MetricFamily) float64 {
+func (f family) number() float64 {
 	largest := math.NaN()
-	if name := f.GetName(); name != upName && name != expiresAfterName {
+	if f.typ != dto.MetricType_GAUGE && f.typ != dto.MetricType_UNTYPED {
 		return largest
 	}
-	for _, m := range f.GetMetric() {
-		value := math.NaN()
-		if m.Gauge != nil {
-			value = m.GetGauge().GetValue()
-		} else if m.Untyped != nil {
-			value = m.GetUntyped().GetValue()
-		}
-		if math.IsNaN(largest) || value > largest {
+	for line := range bytes.Lines(f.text[f.header:]) {
+		line = bytes.TrimSuffix(line, []byte{'\n'})
+		value, err := strconv.ParseFloat(string(line[bytes.LastIndexByte(line, ' ')+1:]), 64)
+		if err == nil && !math.IsNaN(value) && (math.IsNaN(largest) || value > largest) {
 			largest = value
 		}
 	}
 	return largest
 }
 
-// content is what a group holds. It is never changed.
+// split cuts a text that was rendered into its families.
+func (c *content) split(text []byte) ([]family, error) {
+	var families []family
+	for len(text) > 0 {
+		f := family{header: headerLength(text)}
+		end := f.header
+		for end < len(text) && text[end] != '#' {
+			end += bytes.IndexByte(text[end:], '\n') + 1
+		}
+		f.text, text = text[:end:end], text[end:]
+		var err error
+		if f.name, f.typ, err = parseHeader(f.text[:f.header]); err != nil {
+			return nil, err
+		}
+		f.quoted = slices.Contains(c.Quoted, f.name)
+		f.native = c.Native[f.name]
+		families = append(families, f)
+	}
+	return families, nil
+}
+
+// parseHeader returns the name and the type of a family, of which its last header line tells.
+func parseHeader(header []byte) (string, dto.MetricType, error) {
+	line := bytes.TrimSuffix(header, []byte{'\n'})
+	line = line[bytes.LastIndexByte(line, '\n')+1:]
+	rest, ok := bytes.CutPrefix(line, []byte("# TYPE "))
+	end := bytes.LastIndexByte(rest, ' ')
+	if !ok || end < 0 {
+		return "", 0, fmt.Errorf("%.200q is no header of a family", header)
+	}
+	name := string(rest[:end])
+	if quoted, ok := strings.CutPrefix(name, `"`); ok {
+		name = unescapeValue.Replace(strings.TrimSuffix(quoted, `"`))
+	}
+	typ, ok := dto.MetricType_value[strings.ToUpper(string(rest[end+1:]))]
+	if !ok {
+		return "", 0, fmt.Errorf("%.200q has no type that there is", header)
+	}
+	return name, dto.MetricType(typ), nil
+}
+
+// content is what a group holds, and what is kept of it on disk. It is never changed.
 type content struct {
-	families []family // sorted, those that Prometheus makes itself before the others
-	own      int      // how many of families Prometheus makes itself
-	page     []byte   // the text of all but these
-	series   int
-	down     bool // up is 0
-	// expiresAfter is for how long after its last put the group is good. Zero means that it
+	// Own is the text of the families that Prometheus makes of a scrape itself. Text is that
+	// of the others.
+	Own  string     `json:"own,omitempty"`
+	Text packedText `json:"text"`
+	// Series is how many series it has in all.
+	Series int `json:"series"`
+	// Quoted are the names of the families that have names in quotes.
+	Quoted []string `json:"quoted,omitempty"`
+	// Native are families that have native histograms, as delimited protobuf messages.
+	Native map[string][]byte `json:"native,omitempty"`
+	// Down tells that up is 0.
+	Down bool `json:"down,omitempty"`
+	// ExpiresAfter is for how long after its last put the group is good. Zero means that it
 	// does not say that.
-	expiresAfter time.Duration
-	quoted       bool // a family of page has names in quotes
-	native       bool // a family of page has native histograms
+	ExpiresAfter time.Duration `json:"expires_after_ns,omitempty"`
 }
 
 // maxExpiry is the longest time that a group can ask for, 30 years, in seconds.
 const maxExpiry = 1e9
 
-// newContent copies rendered families into one piece of memory.
+// newContent makes a content of rendered families, which it copies.
 func newContent(families []family) *content {
-	families = slices.DeleteFunc(slices.Clone(families), func(f family) bool { return len(f.text) == 0 })
-	isOwn := func(f family) bool { return slices.Contains(prometheusOwn, f.name) }
-	slices.SortFunc(families, func(a, b family) int {
-		if x, y := isOwn(a), isOwn(b); x != y {
-			if x {
-				return -1
-			}
-			return 1
-		}
-		return strings.Compare(a.name, b.name)
-	})
-	size := 0
+	families = slices.Clone(families)
+	slices.SortFunc(families, func(a, b family) int { return strings.Compare(a.name, b.name) })
+	c := &content{}
+	var own []byte
+	p := newPacker()
 	for _, f := range families {
-		size += len(f.text)
-	}
-	c := &content{families: families}
-	all := make([]byte, 0, size)
-	begin := 0
-	for i, f := range families {
-		families[i].name = strings.Clone(f.name) // The rest of what it came in is not kept.
-		at := len(all)
-		all = append(all, f.text...)
-		families[i].text = all[at:len(all):len(all)]
-		c.series += f.series
-		if isOwn(f) {
-			c.own, begin = i+1, len(all)
+		if slices.Contains(prometheusOwn, f.name) {
+			own = append(own, f.text...)
 		} else {
-			c.quoted = c.quoted || f.quoted
-			c.native = c.native || f.native != nil
+			p.write(f.text)
 		}
-		switch {
-		case f.name == upName:
-			c.down = f.number == 0
-		case f.name == expiresAfterName && f.number > 0: // Not NaN.
-			c.expiresAfter = time.Duration(min(f.number, maxExpiry) * float64(time.Second))
+		c.Series += f.series()
+		if f.quoted {
+			c.Quoted = append(c.Quoted, f.name)
+		}
+		if f.native != nil {
+			if c.Native == nil {
+				c.Native = make(map[string][]byte)
+			}
+			c.Native[f.name] = f.native
+		}
+		switch f.name {
+		case upName:
+			c.Down = f.number() == 0
+		case expiresAfterName:
+			if n := f.number(); n > 0 { // Not NaN.
+				c.ExpiresAfter = time.Duration(min(n, maxExpiry) * float64(time.Second))
+			}
 		}
 	}
-	c.page = all[begin:]
+	c.Own, c.Text = string(own), p.packed()
 	return c
 }
 
+// families returns the families, those that Prometheus makes itself before the others.
+func (c *content) families() ([]family, error) {
+	own, err := c.split([]byte(c.Own))
+	if err != nil {
+		return nil, err
+	}
+	others, err := c.others()
+	return append(own, others...), err
+}
+
+// others returns the families that Prometheus does not make itself.
+func (c *content) others() ([]family, error) {
+	text, err := c.Text.unpack()
+	if err != nil {
+		return nil, err
+	}
+	return c.split(text)
+}
+
+// size returns the length of the text, in bytes.
+func (c *content) size() int { return len(c.Own) + c.Text.Size }
+
 // with returns families and those of the content that they do not replace.
-func (c *content) with(families []family) []family {
+func (c *content) with(families []family) ([]family, error) {
 	if c == nil {
-		return families
+		return families, nil
 	}
 	replaced := make(map[string]bool, len(families))
 	for _, f := range families {
 		replaced[f.name] = true
 	}
-	merged := slices.Clone(families)
-	for _, f := range c.families {
-		if !replaced[f.name] {
-			merged = append(merged, f)
-		}
+	old, err := c.families()
+	if err != nil {
+		return nil, err
 	}
-	return merged
+	return append(slices.Clone(families), slices.DeleteFunc(old, func(f family) bool { return replaced[f.name] })...), nil
 }

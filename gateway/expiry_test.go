@@ -22,7 +22,7 @@ func TestExpiry(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				g := newTest(func(c *Config) { c.ExpireDefault = test.expireDefault })
+				g := newTest(t, func(c *Config) { c.ExpireDefault = test.expireDefault })
 				const group = "/job/node/instance/web-1"
 				put(t, g, "/metrics"+group, test.body)
 				want(t, ask(g, http.MethodPut, "/metrics/job/batch", "b 1\npromferry_expires_after_seconds 1e300\n"), http.StatusOK)
@@ -54,7 +54,7 @@ func TestExpiry(t *testing.T) {
 // TestBack has a node that comes back while it is silent.
 func TestBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newTest(nil)
+		g := newTest(t, nil)
 		const body = "a 1\npromferry_expires_after_seconds 30\n"
 		put(t, g, "/metrics/job/j", body)
 		<-time.After(time.Hour)
@@ -73,7 +73,7 @@ func TestBack(t *testing.T) {
 // TestSweep shows that what is gone takes no memory, and that Run leaves nothing behind.
 func TestSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newTest(func(c *Config) { c.MaxGroups = 3 })
+		g := newTest(t, func(c *Config) { c.MaxGroups = 3 })
 		put(t, g, "/metrics/job/a", "promferry_expires_after_seconds 30\n")
 		put(t, g, "/metrics/job/b", "a 1\n")
 		want(t, ask(g, http.MethodPut, "/metrics/job/c", "a 1 1\n"), http.StatusBadRequest)
@@ -101,7 +101,7 @@ func TestSweep(t *testing.T) {
 // TestDown has a node whose exporter is down for some pushes.
 func TestDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newTest(nil)
+		g := newTest(t, nil)
 		const target = "/groups/job/j/metrics"
 		put(t, g, "/metrics/job/j", "# TYPE up gauge\nup 1\na 1\n")
 		want(t, ask(g, http.MethodGet, target, ""), http.StatusOK)

@@ -13,7 +13,7 @@ import (
 
 // TestFormats asks for a group in each way that a Prometheus may.
 func TestFormats(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	native := &dto.MetricFamily{Name: new("h"), Type: dto.MetricType_HISTOGRAM.Enum(), Metric: []*dto.Metric{{Histogram: &dto.Histogram{
 		SampleCount: new(uint64(3)), SampleSum: new(4.5), Schema: new(int32(3)), ZeroThreshold: new(0.001), ZeroCount: new(uint64(0)),
 		PositiveSpan: []*dto.BucketSpan{{Offset: new(int32(0)), Length: new(uint32(1))}}, PositiveDelta: []int64{3},
@@ -58,14 +58,14 @@ func TestFormats(t *testing.T) {
 // family, and not the page.
 func TestEscaped(t *testing.T) {
 	for _, series := range []string{`a{"x.y"="1",x_y="2"} 1`, `a{"._name__"="1"} 1`} {
-		g := newTest(nil)
+		g := newTest(t, nil)
 		put(t, g, "/metrics/job/j", series+"\nb 1\n")
 		for _, path := range []string{"/metrics", "/groups/job/j/metrics"} {
 			want(t, ask(g, http.MethodGet, path, ""), http.StatusOK, "\nb{", "!\na{", `# Left out: the family "a" of {instance="",job="j"}: without quotes`)
 			want(t, ask(g, http.MethodGet, path, "", "Accept", "text/plain;version=0.0.4;escaping=allow-utf-8"), http.StatusOK, "\nb{", "a{", "!# Left out")
 		}
 	}
-	g := newTest(nil)
+	g := newTest(t, nil)
 	put(t, g, "/metrics/job/j", "a{\"x.y\"=\"1\",x_y=\"2\"} 1\nb 1\n")
 	w := ask(g, http.MethodGet, "/groups/job/j/metrics", "", "Accept", exposition.Accept)
 	families, _, err := exposition.Read(t.Context(), w.Body.Bytes(), w.Header().Get("Content-Type"))

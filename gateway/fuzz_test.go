@@ -23,7 +23,7 @@ func FuzzPush(f *testing.F) {
 	f.Add([]byte(delimited(f, gauge(""), gauge("a.b", "c:d", "1"))), true)
 	f.Add([]byte(delimited(f, gauge("a\nb", "c", "1"))), true)
 	f.Fuzz(func(t *testing.T, body []byte, protobuf bool) {
-		g := newTest(nil)
+		g := newTest(t, nil)
 		put(t, g, "/metrics/job/first", "a 1\n"+histogram)
 		headers := []string{"Content-Type", string(expfmt.FmtText)}
 		if protobuf {

@@ -43,16 +43,22 @@ type Gateway struct {
 	parsing chan struct{}
 }
 
-// New returns a Gateway without groups.
-func New(config Config) *Gateway {
-	store := NewStore(config.StoreConfig)
+// New returns a Gateway with the groups that its file holds. It must be closed.
+func New(config Config) (*Gateway, error) {
+	store, err := NewStore(config.StoreConfig, config.Logger, config.Registerer)
+	if err != nil {
+		return nil, err
+	}
 	return &Gateway{
 		config: config, store: store, started: time.Now(), metrics: newMetrics(config.Registerer, store),
 		parsing: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
-	}
+	}, nil
 }
 
-// Run takes groups out of memory that are gone, until ctx ends.
+// Close closes the file. It is for when no request is answered any more.
+func (g *Gateway) Close() error { return g.store.Close() }
+
+// Run does what time brings, until ctx ends: it forgets groups, and keeps on disk which are silent.
 func (g *Gateway) Run(ctx context.Context) error { return g.store.Run(ctx) }
 
 // Summary says in a line what there is.
@@ -61,7 +67,7 @@ func (g *Gateway) Summary() string {
 	silent := 0
 	states := g.store.states(now)
 	for _, s := range states {
-		if s.silent(now) {
+		if s.in(now) == StateSilent {
 			silent++
 		}
 	}
@@ -86,14 +92,18 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case path == "/sd":
 		answer(w, r, g.discovery)
 	case path == "/api/v1/metrics":
-		answer(w, r, g.apiMetrics)
+		switch {
+		case !allow(w, r, http.MethodDelete, http.MethodGet):
+		case r.Method == http.MethodDelete:
+			g.deleteMatching(w, r)
+		default:
+			g.apiMetrics(w, r)
+		}
 	case path == "/api/v1/status":
 		answer(w, r, g.apiStatus)
 	case path == "/api/v1/admin/wipe" && g.config.AdminAPI:
 		if allow(w, r, http.MethodPut) {
-			g.store.Wipe()
-			g.config.Logger.Info("All groups deleted", "remote", r.RemoteAddr)
-			w.WriteHeader(http.StatusAccepted)
+			g.wipe(w, r)
 		}
 	default:
 		http.NotFound(w, r)
@@ -132,7 +142,10 @@ func (g *Gateway) group(w http.ResponseWriter, r *http.Request, path string) {
 			refuse(w, asRefusal(err))
 			return
 		}
-		g.store.Delete(key)
+		if err := g.store.Delete(key); err != nil {
+			refuse(w, asRefusal(err))
+			return
+		}
 		w.WriteHeader(http.StatusAccepted)
 		return
 	}
@@ -155,22 +168,33 @@ func (g *Gateway) group(w http.ResponseWriter, r *http.Request, path string) {
 func refuse(w http.ResponseWriter, r *Refusal) { http.Error(w, r.Text, r.Status) }
 
 func (g *Gateway) push(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) error {
+	p, err := g.read(w, r, key)
+	if err != nil {
+		g.store.Refused(key, asRefusal(err))
+		return err
+	}
+	defer p.release()
+	return g.store.apply(p)
+}
+
+// read reads a push.
+func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) (*pushed, error) {
 	b := getBuffer()
 	defer putBuffer(b)
 	if err := g.readBody(w, r, b); err != nil {
-		return err
+		return nil, err
 	}
 	select {
 	case g.parsing <- struct{}{}:
 		defer func() { <-g.parsing }()
 	case <-r.Context().Done():
-		return badBody(context.Cause(r.Context())) // Nobody waits for the answer.
+		return nil, badBody(context.Cause(r.Context())) // Nobody waits for the answer.
 	}
 	families, err := readFamilies(r.Context(), b.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return g.store.Push(key, families, r.Method == http.MethodPost)
+	return prepare(key, families, r.Method == http.MethodPost), nil
 }
 
 // all answers a scrape of all groups. It is always text: Prometheus refuses all of a page in

@@ -23,7 +23,8 @@ import (
 )
 
 // newTest returns a gateway with limits that no test meets by chance, unless change says so.
-func newTest(change func(*Config)) *Gateway {
+func newTest(t testing.TB, change func(*Config)) *Gateway {
+	t.Helper()
 	registry := prometheus.NewRegistry()
 	config := Config{
 		StoreConfig:  StoreConfig{ForgetAfter: 24 * time.Hour, MaxGroups: 100, MaxSeries: 1000},
@@ -32,7 +33,16 @@ func newTest(change func(*Config)) *Gateway {
 	if change != nil {
 		change(&config)
 	}
-	return New(config)
+	g, err := New(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := g.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return g
 }
 
 // ask sends a request, with headers in pairs.
@@ -72,7 +82,7 @@ func put(t *testing.T, g *Gateway, path, body string) {
 
 // TestRefused has a group that no push to ever succeeded.
 func TestRefused(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	want(t, ask(g, http.MethodPut, "/metrics/job/j", "a 1 1\n"), http.StatusBadRequest, `family "a"`, "timestamps", `job="j"`)
 	want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusServiceUnavailable, "no push", "ever succeeded")
 	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `push_time_seconds{instance="",job="j"} 0`, `promferry_gateway_pushes_total{result="inconsistent"} 1`,
@@ -121,7 +131,7 @@ func TestClash(t *testing.T) {
 		{"# TYPE s_sum gauge\ns_sum 1\n", "# TYPE s summary\ns_sum 2\ns_count 2\nb 1\n", "s"},
 		{"# TYPE s_bucket gauge\ns_bucket 1\n", "# TYPE s histogram\ns_bucket{le=\"+Inf\"} 2\ns_sum 2\ns_count 2\nb 1\n", "s"},
 	} {
-		g := newTest(nil)
+		g := newTest(t, nil)
 		put(t, g, "/metrics/job/z", test.first)
 		put(t, g, "/metrics/job/b", test.second)
 		for range 2 {
@@ -177,7 +187,7 @@ func readPage(t testing.TB, w *httptest.ResponseRecorder) map[string]*dto.Metric
 
 // TestDiscovery shows that the targets' paths lead to the groups, whatever their labels are.
 func TestDiscovery(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	for _, path := range []string{"/job/a/instance/web-1", "/job@base64/L3Zhci90bXA/x@base64/YSBi", "/job/b/l/%C3%BC%2F..%22", "/job/c/l/..", "/job/d/l@base64/="} {
 		put(t, g, "/metrics"+path, "a 1\n")
 	}
@@ -206,7 +216,7 @@ func TestDiscovery(t *testing.T) {
 // TestAdminAPI shows that nothing is wiped that was not allowed to be.
 func TestAdminAPI(t *testing.T) {
 	for _, allowed := range []bool{false, true} {
-		g := newTest(func(c *Config) { c.AdminAPI = allowed })
+		g := newTest(t, func(c *Config) { c.AdminAPI = allowed })
 		put(t, g, "/metrics/job/j", "a 1\n")
 		status, left := http.StatusNotFound, http.StatusOK
 		if allowed {
@@ -219,7 +229,7 @@ func TestAdminAPI(t *testing.T) {
 
 // TestConcurrent has everything happen at once; each page and each group is whole.
 func TestConcurrent(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
@@ -260,7 +270,7 @@ func TestConcurrent(t *testing.T) {
 // TestMetrics checks the names of the gateway's own metrics, and that all results are there
 // from the start.
 func TestMetrics(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	problems, err := testutil.GatherAndLint(g.config.Gatherer)
 	if err != nil || len(problems) > 0 {
 		t.Error(problems, err)

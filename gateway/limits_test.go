@@ -18,7 +18,7 @@ import (
 
 // TestLimits goes beyond each limit. What was there stays, and others go on.
 func TestLimits(t *testing.T) {
-	g := newTest(func(c *Config) { c.MaxGroups, c.MaxSeries, c.MaxBodyBytes = 2, 3, 1000 })
+	g := newTest(t, func(c *Config) { c.MaxGroups, c.MaxSeries, c.MaxBodyBytes = 2, 3, 1000 })
 	const group = "/metrics/job/j"
 	put(t, g, group, "a 1\n")
 	random := make([]byte, 2000)
@@ -79,7 +79,7 @@ func TestSlow(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				g := newTest(nil)
+				g := newTest(t, nil)
 				put(t, g, "/metrics/job/j", "a 1\n")
 				ends := make(chan net.Conn)
 				gone := make(chan time.Duration, 1)

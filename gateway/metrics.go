@@ -16,10 +16,11 @@ const (
 	reasonSeries       = "too_many_series"
 	reasonGroups       = "too_many_groups"
 	reasonTimeout      = "timeout"
+	reasonDisk         = "disk"
 )
 
 var results = []string{
-	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout,
+	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout, reasonDisk,
 }
 
 type metrics struct {
@@ -53,7 +54,7 @@ func newMetrics(reg prometheus.Registerer, store *Store) *metrics {
 type collector struct{ store *Store }
 
 var (
-	groupsDesc = prometheus.NewDesc("promferry_gateway_groups", "Groups; down are those whose last put said up 0, refused those that no push to ever succeeded.", []string{"state"}, nil)
+	groupsDesc = prometheus.NewDesc("promferry_gateway_groups", "Groups; down are those whose last put said up 0, awaited those that were not pushed to since the gateway restarted, refused those that no push to ever succeeded.", []string{"state"}, nil)
 	seriesDesc = prometheus.NewDesc("promferry_gateway_series", "Series in all groups.", nil, nil)
 )
 
@@ -63,22 +64,17 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c collector) Collect(ch chan<- prometheus.Metric) {
-	counts := map[string]int{"live": 0, "down": 0, "silent": 0, "refused": 0}
+	counts := make(map[string]int, len(States))
+	for _, state := range States {
+		counts[state] = 0
+	}
 	series := 0
 	now := time.Now()
 	for _, s := range c.store.states(now) {
-		switch {
-		case s.content == nil:
-			counts["refused"]++
-			continue
-		case s.silent(now):
-			counts["silent"]++
-		case s.content.down:
-			counts["down"]++
-		default:
-			counts["live"]++
+		counts[s.in(now)]++
+		if s.content != nil {
+			series += s.content.Series
 		}
-		series += s.content.series
 	}
 	for state, n := range counts {
 		ch <- prometheus.MustNewConstMetric(groupsDesc, prometheus.GaugeValue, float64(n), state)

@@ -114,14 +114,24 @@ func (p *page) times(s *state) {
 func (p *page) state(s *state, now time.Time) {
 	switch {
 	case s.silent(now):
-		p.gauge(upName, "Whether the target of this group could be scraped.", s.group.labels, 0)
+		p.gauge(upName, upHelp, s.group.labels, 0)
 	case s.content != nil:
-		for _, f := range s.content.families {
+		families, err := s.content.families()
+		if err != nil { // It was checked when it was read from disk.
+			p.leave("all", s.group.labels, err.Error())
+		}
+		for _, f := range families {
 			p.add(f, s.group.labels)
 		}
+	case !s.downSince.IsZero():
+		p.gauge(upName, upHelp, s.group.labels, 0)
 	}
-	p.times(s)
+	if !s.awaited {
+		p.times(s)
+	}
 }
+
+const upHelp = "Whether the target of this group could be scraped."
 
 // unixTime returns a time in seconds since 1970, 0 for none.
 func unixTime(t time.Time) float64 {

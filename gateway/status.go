@@ -50,3 +50,27 @@ type GroupStatus struct {
 	// OnDisk tells that it is on disk, as what does not expire is.
 	OnDisk bool
 }
+
+// Status returns what the gateway holds, the oldest group first. Version is for the caller to
+// set.
+func (g *Gateway) Status() Status {
+	now := time.Now()
+	status := Status{Now: now}
+	for _, s := range g.store.states(now) {
+		one := GroupStatus{
+			Key: s.group.key, Target: targetPath(s.group), State: s.in(now), Pushed: s.pushed, Failed: s.refusedAt, Failure: s.refusal,
+			ExpiresAfter: s.expiresAfter, OnDisk: s.durable && g.store.disk != nil,
+		}
+		switch one.State {
+		case StateSilent:
+			one.Since = s.silentFrom
+		case StateDown:
+			one.Since = s.downSince
+		}
+		if s.content != nil {
+			one.Series, one.Bytes = s.content.Series, s.content.size()
+		}
+		status.Groups = append(status.Groups, one)
+	}
+	return status
+}

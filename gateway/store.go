@@ -1,10 +1,12 @@
 package gateway
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"slices"
@@ -13,9 +15,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/model"
 
+	"github.com/promferry/promferry/internal/faultlog"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -33,6 +37,9 @@ func (r *Refusal) Error() string { return r.Text }
 
 // StoreConfig says how a Store keeps groups.
 type StoreConfig struct {
+	// File is where groups are kept that do not expire, and which groups there are. Empty
+	// means that all is gone with the process.
+	File string
 	// ExpireDefault is for how long after its last put a group is good that does not say that
 	// itself. Zero means for ever.
 	ExpireDefault time.Duration
@@ -42,19 +49,45 @@ type StoreConfig struct {
 	MaxGroups, MaxSeries int
 }
 
-// A Store keeps groups in memory. It is safe for concurrent use: pushes to different groups
-// wait for each other only while a group is looked up or made.
+// A Store keeps groups. It is safe for concurrent use: pushes to different groups wait for each
+// other only while a group is looked up or made, and while they are written to disk, which is
+// done for several at once.
 type Store struct {
-	config StoreConfig
+	config  StoreConfig
+	disk    *disk // nil: groups are in memory only
+	started time.Time
+	faults  faultlog.Log
 
 	mu     sync.RWMutex
 	groups map[string]*group // by path
-	made   uint64            // how many groups were ever made
+	made   uint64            // the highest number of a group
+
+	// several is held by who holds the locks of several groups.
+	several sync.Mutex
 }
 
-// NewStore returns a Store without groups.
-func NewStore(config StoreConfig) *Store {
-	return &Store{config: config, groups: make(map[string]*group)}
+// NewStore returns a Store with the groups that its file holds.
+func NewStore(config StoreConfig, logger *slog.Logger, r prometheus.Registerer) (*Store, error) {
+	s := &Store{config: config, started: time.Now(), faults: faultlog.Log{Logger: logger}, groups: make(map[string]*group)}
+	if config.File == "" {
+		return s, nil
+	}
+	var err error
+	if s.disk, err = openDisk(config.File, r); err != nil {
+		return nil, err
+	}
+	if err := s.load(logger); err != nil {
+		return nil, errors.Join(err, s.disk.close())
+	}
+	return s, nil
+}
+
+// Close closes the file. Nothing is to be done with the Store afterwards.
+func (s *Store) Close() error {
+	if s.disk == nil {
+		return nil
+	}
+	return s.disk.close()
 }
 
 // group is what was pushed under one grouping key.
@@ -62,28 +95,36 @@ type group struct {
 	key    pushgw.GroupingKey
 	path   string // below /metrics or /groups
 	labels []byte // as in a text: {instance="",job="x"}
-	number uint64 // tells the older of two groups
+	number uint64 // tells the older of two groups, and is its key on disk
 
 	mu      sync.Mutex // held by who changes the group
 	removed bool       // from Store.groups
+	kept    mark       // what is on disk
 	now     atomic.Pointer[state]
 }
 
 // state is what a group is at a time. It is never changed.
 type state struct {
 	group   *group
-	content *content // nil: no push ever succeeded
+	content *content // nil: no push ever succeeded, or awaited
+	// awaited tells that the gateway has restarted since the last push to a group that
+	// expires: its content is gone.
+	awaited bool
+	// durable tells that the content is on disk.
+	durable bool
+	// expiresAfter is for how long the last push is good. Zero means for ever.
+	expiresAfter time.Duration
 	// pushed and failed are when a push last succeeded, and last was refused for what was in
-	// it. Zero means never.
+	// it. Zero means never, and for pushed when awaited that nobody knows.
 	pushed, failed time.Time
+	// refusedAt is when a push was last refused for whatever was wrong with it, refusal why.
+	refusedAt time.Time
+	refusal   string
 	// downSince is since when each put says up 0. Zero means that the last one does not.
 	downSince time.Time
 	// silentFrom is from when on the group is silent unless it is pushed to, forgotFrom from
 	// when on it is gone. Zero means never.
 	silentFrom, forgotFrom time.Time
-
-	zip    sync.Once
-	zipped []byte // the page of the group, gzipped
 }
 
 func (s *state) silent(now time.Time) bool {
@@ -92,65 +133,135 @@ func (s *state) silent(now time.Time) bool {
 
 func (s *state) gone(now time.Time) bool { return !s.forgotFrom.IsZero() && !now.Before(s.forgotFrom) }
 
+// known tells whether there is a group: one that was just made, and not pushed to yet, is none.
+func (s *state) known(now time.Time) bool {
+	return !s.gone(now) && (s.content != nil || s.awaited || !s.failed.IsZero())
+}
+
+// in returns in which of States the group is.
+func (s *state) in(now time.Time) string {
+	switch {
+	case s.content == nil && !s.awaited:
+		return StateRefused
+	case s.silent(now):
+		return StateSilent
+	case !s.downSince.IsZero():
+		return StateDown
+	case s.awaited:
+		return StateAwaited
+	}
+	return StateLive
+}
+
+// A pushed is a push that was understood.
+type pushed struct {
+	key      pushgw.GroupingKey
+	add      bool
+	families []family
+	content  *content // of a put, ready
+	buffer   *bytes.Buffer
+	err      error
+}
+
+// prepare makes a push ready to be applied: what takes time and does not depend on what the
+// group holds. It takes families over. The push must be released.
+func prepare(key pushgw.GroupingKey, families []*dto.MetricFamily, add bool) *pushed {
+	p := &pushed{key: key, add: add, buffer: getBuffer()}
+	if families, p.err = check(families, key); p.err != nil {
+		return p
+	}
+	if p.families, p.err = render(p.buffer, families); p.err != nil {
+		return p
+	}
+	if !add {
+		p.content, p.err = build(p.families)
+	}
+	return p
+}
+
+func (p *pushed) release() { putBuffer(p.buffer) }
+
+func build(families []family) (*content, error) {
+	if err := collision(families); err != nil {
+		return nil, err
+	}
+	return newContent(families), nil
+}
+
 // Push replaces the families of a group, or with add those of the same names, and makes the
 // group where there is none. It takes families over. Errors are *Refusal; the group then keeps
-// what it had.
+// what it had. What does not expire is on disk when Push returns.
 func (s *Store) Push(key pushgw.GroupingKey, families []*dto.MetricFamily, add bool) error {
-	b := getBuffer()
-	defer putBuffer(b)
-	families, err := check(families, key)
-	var rendered []family
-	if err == nil {
-		rendered, err = render(b, families)
-	}
+	p := prepare(key, families, add)
+	defer p.release()
+	return s.apply(p)
+}
+
+// apply does what was prepared.
+func (s *Store) apply(p *pushed) error {
 	for {
-		g, groupErr := s.groupOf(key)
-		if groupErr != nil {
-			return cmp.Or(err, groupErr)
+		g, err := s.groupOf(p.key)
+		if err != nil {
+			return cmp.Or(p.err, err)
 		}
 		g.mu.Lock()
 		if g.removed { // In the time between.
 			g.mu.Unlock()
 			continue
 		}
-		if err == nil {
-			err = s.replace(g, rendered, add)
-		}
-		if err != nil {
-			s.fail(g)
-		}
+		err = s.applyTo(g, p)
 		g.mu.Unlock()
 		return err
 	}
 }
 
-// replace changes what a group holds. Its lock is held.
-func (s *Store) replace(g *group, families []family, add bool) error {
-	now := time.Now()
-	old := g.before(now)
-	if add {
-		families = old.content.with(families)
+// applyTo changes a group, whose lock is held.
+func (s *Store) applyTo(g *group, p *pushed) error {
+	next, err := (*state)(nil), p.err
+	if err == nil {
+		next, err = s.replace(g, p)
 	}
-	if err := collision(families); err != nil {
+	if err != nil {
+		s.fail(g, asRefusal(err))
 		return err
 	}
-	c := newContent(families)
-	if c.series > s.config.MaxSeries {
-		return tooManySeries(c.series, s.config.MaxSeries)
+	if err := s.keep(next); err != nil {
+		return err // That was not for what is in the push.
 	}
-	next := &state{group: g, content: c, pushed: now, failed: old.failed}
-	if c.down {
+	g.now.Store(next)
+	return nil
+}
+
+// replace returns what a group is after a push. Its lock is held.
+func (s *Store) replace(g *group, p *pushed) (*state, error) {
+	now := time.Now()
+	old := g.before(now)
+	c := p.content
+	if p.add {
+		families, err := old.content.with(p.families)
+		if err != nil {
+			return nil, err
+		}
+		if c, err = build(families); err != nil {
+			return nil, err
+		}
+	}
+	if c.Series > s.config.MaxSeries {
+		return nil, tooManySeries(c.Series, s.config.MaxSeries)
+	}
+	next := &state{group: g, content: c, pushed: now, failed: old.failed, expiresAfter: cmp.Or(c.ExpiresAfter, s.config.ExpireDefault)}
+	if c.Down {
 		next.downSince = old.downSince
 		if next.downSince.IsZero() {
 			next.downSince = now
 		}
 	}
-	if expiry := cmp.Or(c.expiresAfter, s.config.ExpireDefault); expiry > 0 {
-		next.silentFrom = now.Add(expiry)
+	if next.expiresAfter > 0 {
+		next.silentFrom = now.Add(next.expiresAfter)
 		next.forgotFrom = next.silentFrom.Add(s.config.ForgetAfter)
 	}
-	g.now.Store(next)
-	return nil
+	next.durable = next.expiresAfter == 0
+	return next, nil
 }
 
 // before returns what the group is before it is changed. One that is gone begins anew.
@@ -168,18 +279,45 @@ func tooManySeries(n, most int) error {
 	}
 }
 
-// fail notes that a push was refused. The lock of the group is held.
-func (s *Store) fail(g *group) {
+// fail notes that a push was refused for what is in it. The lock of the group is held.
+func (s *Store) fail(g *group, why *Refusal) {
 	now := time.Now()
-	old := g.before(now)
-	next := &state{
-		group: g, content: old.content, pushed: old.pushed, failed: now, downSince: old.downSince,
-		silentFrom: old.silentFrom, forgotFrom: old.forgotFrom,
-	}
-	if next.content == nil {
+	next := *g.before(now)
+	next.failed = now
+	next.refuse(now, why)
+	if next.content == nil && !next.awaited {
 		next.forgotFrom = now.Add(s.config.ForgetAfter)
 	}
-	g.now.Store(next)
+	g.now.Store(&next)
+}
+
+// maxRefusal is how much is kept of why a push was refused, in bytes.
+const maxRefusal = 1000
+
+func (s *state) refuse(now time.Time, why *Refusal) {
+	s.refusedAt, s.refusal = now, why.Text
+	if len(s.refusal) > maxRefusal {
+		s.refusal = strings.ToValidUTF8(s.refusal[:maxRefusal], "") + "..."
+	}
+}
+
+// Refused notes at the group of a key, where there is one, that a push was refused before
+// anybody knew what is in it. So does a Pushgateway: push_failure_time_seconds does not tell it.
+func (s *Store) Refused(key pushgw.GroupingKey, why *Refusal) {
+	s.mu.RLock()
+	g := s.groups[groupPath(key)]
+	s.mu.RUnlock()
+	if g == nil {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	if st := g.now.Load(); st.known(now) {
+		next := *st
+		next.refuse(now, why)
+		g.now.Store(&next)
+	}
 }
 
 // groupOf returns the group of a key, and makes it where there is none.
@@ -203,46 +341,23 @@ func (s *Store) groupOf(key pushgw.GroupingKey) (*group, error) {
 		}
 	}
 	s.made++
-	g = &group{key: key, path: path, labels: labelText(key), number: s.made}
-	g.now.Store(&state{group: g})
+	g = newGroup(key, s.made)
 	s.groups[path] = g
 	return g, nil
 }
 
-// Delete removes a group. One that there is not is no error.
-func (s *Store) Delete(key pushgw.GroupingKey) {
-	path := groupPath(key)
-	s.mu.Lock()
-	g := s.groups[path]
-	delete(s.groups, path)
-	s.mu.Unlock()
-	if g != nil {
-		g.remove()
-	}
+func newGroup(key pushgw.GroupingKey, number uint64) *group {
+	g := &group{key: key, path: groupPath(key), labels: labelText(key), number: number}
+	g.now.Store(&state{group: g})
+	return g
 }
 
-// Wipe removes all groups.
-func (s *Store) Wipe() {
-	s.mu.Lock()
-	groups := s.groups
-	s.groups = make(map[string]*group)
-	s.mu.Unlock()
-	for _, g := range groups {
-		g.remove()
-	}
-}
+// sweepEvery is how often groups that are gone are taken out of memory, and what has changed
+// by time alone is written to disk.
+const sweepEvery = time.Second
 
-// remove marks a group that is in the map no more.
-func (g *group) remove() {
-	g.mu.Lock()
-	g.removed = true
-	g.mu.Unlock()
-}
-
-// sweepEvery is how often groups that are gone are taken out of memory.
-const sweepEvery = time.Minute
-
-// Run takes groups out of memory that are gone, until ctx ends.
+// Run takes groups out of memory that are gone, and keeps on disk since when groups are silent,
+// until ctx ends.
 func (s *Store) Run(ctx context.Context) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -253,27 +368,6 @@ func (s *Store) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-	}
-}
-
-func (s *Store) sweep() {
-	now := time.Now()
-	s.mu.RLock()
-	all := slices.Collect(maps.Values(s.groups))
-	s.mu.RUnlock()
-	for _, g := range all {
-		// Its lock first, so that no push comes in between. Nobody who holds the lock of the
-		// store waits for that of a group.
-		g.mu.Lock()
-		if !g.removed && g.now.Load().gone(now) {
-			g.removed = true
-			s.mu.Lock()
-			if s.groups[g.path] == g { // Not one that was made after this was deleted.
-				delete(s.groups, g.path)
-			}
-			s.mu.Unlock()
-		}
-		g.mu.Unlock()
 	}
 }
 
@@ -289,11 +383,6 @@ func (s *Store) states(now time.Time) []*state {
 	s.mu.RUnlock()
 	slices.SortFunc(all, func(a, b *state) int { return cmp.Compare(a.group.number, b.group.number) })
 	return all
-}
-
-// known tells whether there is a group: one that was just made, and not pushed to yet, is none.
-func (s *state) known(now time.Time) bool {
-	return !s.gone(now) && (s.content != nil || !s.failed.IsZero())
 }
 
 // state returns what a group is, or nil where there is none.
@@ -328,7 +417,10 @@ func labelText(key pushgw.GroupingKey) []byte {
 	return append(b, '}')
 }
 
-var escapeValue = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+var (
+	escapeValue   = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+	unescapeValue = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\n`, "\n")
+)
 
 // asRefusal returns err as what a client is told.
 func asRefusal(err error) *Refusal {

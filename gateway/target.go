@@ -32,7 +32,7 @@ func (g *Gateway) discovery(w http.ResponseWriter, r *http.Request) {
 	entries := make([]targetGroup, 0, len(states))
 	for _, s := range states {
 		labels := labelsOf(s.group.key)
-		labels[model.MetricsPathLabel] = "/groups" + s.group.path + "/metrics"
+		labels[model.MetricsPathLabel] = targetPath(s.group)
 		if r.TLS != nil {
 			labels[model.SchemeLabel] = "https"
 		}
@@ -41,6 +41,9 @@ func (g *Gateway) discovery(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(steady(w)).Encode(entries)
 }
+
+// targetPath returns the path of the target that serves a group.
+func targetPath(g *group) string { return "/groups" + g.path + "/metrics" }
 
 // target answers a scrape of one group: what was pushed there, without what Prometheus makes of
 // each scrape itself.
@@ -56,12 +59,20 @@ func (g *Gateway) target(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case s == nil:
 		http.Error(w, fmt.Sprintf("there is no group %s: nothing was pushed there, or it was deleted, or was silent for too long", key), http.StatusNotFound)
-	case s.content == nil:
+	case s.content == nil && !s.awaited:
 		unavailable(w, "no push to the group %s ever succeeded; the last one was refused at %s", key, stamp(s.failed))
+	case s.silent(now) && s.pushed.IsZero():
+		unavailable(w, "the group %s is silent since %s: no push came in the time after the gateway had restarted", key, stamp(s.silentFrom))
 	case s.silent(now):
 		unavailable(w, "the group %s is silent since %s: the last push, at %s, was good until then", key, stamp(s.silentFrom), stamp(s.pushed))
-	case s.content.down:
+	case !s.downSince.IsZero() && s.awaited:
+		unavailable(w, "the group %s is down since %s: its last push before the gateway restarted says up 0", key, stamp(s.downSince))
+	case !s.downSince.IsZero():
 		unavailable(w, "the group %s is down since %s: its last push, at %s, says up 0", key, stamp(s.downSince), stamp(s.pushed))
+	case s.awaited:
+		// Its node lives, as far as anybody knows: up is to stay 1.
+		w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
+		_, _ = fmt.Fprintf(w, "# The gateway has restarted: the group is here again with its next push, or silent from %s on.\n", stamp(s.silentFrom))
 	default:
 		s.serve(w, r, g)
 	}
@@ -76,40 +87,48 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 // serve writes the page of a group, in the format that the scrape prefers.
 func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
 	format := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...)
-	scheme := format.ToEscapingScheme()
 	w.Header().Set("Content-Type", string(format))
-	if format.FormatType() == expfmt.TypeTextPlain && (!s.content.quoted || scheme == model.NoEscaping) {
-		w.Header().Set("Vary", "Accept, Accept-Encoding")
-		body := s.content.page
-		if acceptsGzip(r) {
-			w.Header().Set("Content-Encoding", "gzip")
-			body = s.gzipped()
-		} else {
-			body = append(slices.Clip(body), s.times()...)
+	if format.FormatType() != expfmt.TypeTextPlain || len(s.content.Quoted) > 0 && format.ToEscapingScheme() != model.NoEscaping {
+		if err := s.encode(w, r, format, g.config.Logger); err != nil {
+			g.config.Logger.Debug("Group not written", "group", s.group.key.String(), "err", err)
 		}
-		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-		_, _ = w.Write(body)
 		return
 	}
-	if err := s.encode(w, r, format, g.config.Logger); err != nil {
-		g.config.Logger.Debug("Group not written", "group", s.group.key.String(), "err", err)
+	w.Header().Set("Vary", "Accept, Accept-Encoding")
+	var body []byte
+	if acceptsGzip(r) {
+		w.Header().Set("Content-Encoding", "gzip")
+		body = s.content.Text.gzip(s.times())
+	} else {
+		text, err := s.content.Text.unpack()
+		if err != nil { // It was checked when it was read from disk.
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		body = append(text, s.times()...)
 	}
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	_, _ = w.Write(body)
 }
 
 // encode writes the page of a group in a format that it is not ready in.
 func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format, logger *slog.Logger) error {
+	families, err := s.content.others()
+	if err != nil {
+		return err
+	}
 	body, done := packed(w, r)
 	defer done()
 	if format.FormatType() == expfmt.TypeTextPlain {
 		p := newPage(format.ToEscapingScheme())
-		for _, f := range s.content.families[s.content.own:] {
+		for _, f := range families {
 			p.add(f, s.group.labels)
 		}
 		p.times(s)
 		return p.write(body)
 	}
 	encoder := expfmt.NewEncoder(body, format)
-	for _, f := range s.content.families[s.content.own:] {
+	for _, f := range families {
 		escaped, err := f.escaped(format.ToEscapingScheme())
 		if err != nil {
 			logger.Debug("Family left out", "group", s.group.key.String(), "family", f.name, "err", err)
@@ -139,21 +158,6 @@ func (s *state) times() []byte {
 	var b bytes.Buffer
 	_ = p.write(&b)
 	return b.Bytes()
-}
-
-// gzipped returns the page of the group, gzipped. It is made when it is first asked for.
-func (s *state) gzipped() []byte {
-	s.zip.Do(func() {
-		b := getBuffer()
-		defer putBuffer(b)
-		z := newGzip(b)
-		_, _ = z.Write(s.content.page)
-		_, _ = z.Write(s.times())
-		_ = z.Close()
-		gzips.Put(z)
-		s.zipped = bytes.Clone(b.Bytes())
-	})
-	return s.zipped
 }
 
 // acceptsGzip tells whether an answer may be gzipped.

@@ -22,6 +22,9 @@ import (
 // gatewayDrainBudget is how long the gateway takes at most to stop.
 const gatewayDrainBudget = 20 * time.Second
 
+// groupsDB is where the gateway keeps groups, in its state directory.
+const groupsDB = "groups.db"
+
 // gatewayKeepAlive is how often the gateway looks whether a silent connection still stands.
 const gatewayKeepAlive = 30 * time.Second
 
@@ -65,14 +68,23 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	}
 	defer func() { _ = lock.Release() }()
 	registry := newRegistry()
-	g := gateway.New(gateway.Config{
+	g, err := gateway.New(gateway.Config{
 		StoreConfig: gateway.StoreConfig{
+			File:          dir.Path(groupsDB),
 			ExpireDefault: time.Duration(s.ExpireDefault.value), ForgetAfter: time.Duration(s.ForgetAfter.value),
 			MaxGroups: s.LimitGroups.value, MaxSeries: s.LimitGroupSeries.value,
 		},
 		MaxBodyBytes: int64(s.LimitBodyBytes.value), AdminAPI: s.WebEnableAdminAPI.value, Flags: s.flags(),
 		Gatherer: registry, Logger: logger, Registerer: registry,
 	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err := g.Close(); err != nil {
+			logger.Error("State not closed", "err", err)
+		}
+	}()
 	notifier := newNotifier(logger)
 	r := newReloader("gateway", registry, logger, func() error { return validateWebConfig(s.WebConfigFile.value) })
 	r.before, r.after = notifier.reloading, notifier.ready

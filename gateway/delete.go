@@ -1,0 +1,74 @@
+package gateway
+
+import (
+	"net/http"
+
+	"github.com/promferry/promferry/internal/labelmatch"
+	"github.com/promferry/promferry/pushgw"
+)
+
+// matchParameter holds matchers of grouping keys. Where it comes twice, either will do.
+const matchParameter = "match[]"
+
+// matchersOf returns what the query of a request selects: nil where it says nothing of it.
+// Errors are *Refusal.
+func matchersOf(r *http.Request) ([]labelmatch.Matchers, error) {
+	query := r.URL.Query()
+	var all []labelmatch.Matchers
+	for _, text := range query[matchParameter] {
+		m, err := labelmatch.Parse(text)
+		if err != nil {
+			return nil, badPath("%s: %v", matchParameter, err)
+		}
+		all = append(all, m)
+	}
+	return all, nil
+}
+
+func selected(all []labelmatch.Matchers, key pushgw.GroupingKey) bool {
+	labels := labelsOf(key)
+	for _, m := range all {
+		if m.Match(labels) {
+			return true
+		}
+	}
+	return false
+}
+
+// deleteMatching deletes all groups that the query selects, and answers which these were.
+func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
+	all, err := matchersOf(r)
+	if err == nil && len(all) == 0 {
+		err = badPath(`which groups? Want %s={job="backup",instance=~"web-.*"}, percent-encoded; GET lists what it selects`, matchParameter)
+	}
+	for _, m := range all {
+		if m.All() {
+			err = badPath("%s={} is every group: a PUT to /api/v1/admin/wipe deletes these, with --web.enable-admin-api", matchParameter)
+		}
+	}
+	if err != nil {
+		refuse(w, asRefusal(err))
+		return
+	}
+	keys, err := g.store.DeleteAll(func(key pushgw.GroupingKey) bool { return selected(all, key) })
+	if err != nil {
+		refuse(w, asRefusal(err))
+		return
+	}
+	deleted := make([]map[string]string, 0, len(keys))
+	for _, key := range keys {
+		deleted = append(deleted, labelsOf(key))
+	}
+	g.config.Logger.Info("Groups deleted", "groups", len(keys), "match", r.URL.Query()[matchParameter], "remote", r.RemoteAddr)
+	writeJSON(w, map[string]any{"status": "success", "data": map[string]any{"deleted": deleted}})
+}
+
+// wipe deletes all groups.
+func (g *Gateway) wipe(w http.ResponseWriter, r *http.Request) {
+	if _, err := g.store.DeleteAll(func(pushgw.GroupingKey) bool { return true }); err != nil {
+		refuse(w, asRefusal(err))
+		return
+	}
+	g.config.Logger.Info("All groups deleted", "remote", r.RemoteAddr)
+	w.WriteHeader(http.StatusAccepted)
+}

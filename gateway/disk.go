@@ -1,0 +1,164 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+// disk keeps records by number in a file of bbolt. It is safe for concurrent use.
+type disk struct {
+	path    string
+	db      *bolt.DB
+	metrics *diskMetrics
+
+	mu   sync.Mutex
+	next *batch // gathers changes while others are written
+
+	writing sync.Mutex
+}
+
+// change is what a record is from now on; nil: it is gone.
+type change struct {
+	number uint64
+	record []byte
+}
+
+// batch is a number of changes that are written, and synced, at once.
+type batch struct {
+	changes []change
+	done    chan struct{} // closed when it is written, or err says why not
+	err     error
+}
+
+// bucketName is where records are in the file.
+var bucketName = []byte("groups")
+
+// lockTime is how long to wait for who has the file open.
+const lockTime = time.Second
+
+// openDisk opens the file at path, and makes it where there is none.
+func openDisk(path string, r prometheus.Registerer) (_ *disk, err error) {
+	defer func() {
+		if p := recover(); p != nil { // So bbolt tells of some damages.
+			err = damaged(path, p)
+		}
+	}()
+	// What is free is found out when the file is opened: then a write needs not tell it.
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTime, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, fmt.Errorf("open %s: another process has it open", path)
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, bolterrors.ErrChecksum):
+		return nil, damaged(path, err)
+	case err != nil:
+		return nil, err
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		_, err := tx.CreateBucketIfNotExists(bucketName)
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("write %s: %w", path, err), db.Close())
+	}
+	return &disk{path: path, db: db, metrics: newDiskMetrics(r), next: newBatch()}, nil
+}
+
+func damaged(path string, why any) error {
+	return fmt.Errorf("%s is damaged: %v; move it away to begin without the groups in it", path, why)
+}
+
+func newBatch() *batch { return &batch{done: make(chan struct{})} }
+
+func (d *disk) close() error { return d.db.Close() }
+
+// write writes changes, all or none of them, and returns when they would outlive a power
+// failure. While one writes, others gather, and are then written together.
+func (d *disk) write(changes ...change) error {
+	d.mu.Lock()
+	b := d.next
+	first := len(b.changes) == 0
+	b.changes = append(b.changes, changes...)
+	d.mu.Unlock()
+	if !first {
+		<-b.done
+		return b.err
+	}
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	d.mu.Lock()
+	d.next = newBatch()
+	d.mu.Unlock()
+	begin := time.Now()
+	if err := d.commit(b.changes); err != nil {
+		b.err = fmt.Errorf("write %s: %w", d.path, err)
+		d.metrics.failures.Inc()
+	}
+	d.metrics.duration.Observe(time.Since(begin).Seconds())
+	close(b.done)
+	return b.err
+}
+
+// commit writes and syncs.
+func (d *disk) commit(changes []change) error {
+	return d.db.Update(func(tx *bolt.Tx) error {
+		bucket := tx.Bucket(bucketName)
+		for _, c := range changes {
+			key := binary.BigEndian.AppendUint64(nil, c.number)
+			var err error
+			if c.record == nil {
+				err = bucket.Delete(key)
+			} else {
+				err = bucket.Put(key, c.record)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// each calls f with each record, in the order of their numbers. The record is good until f
+// returns.
+func (d *disk) each(f func(number uint64, record []byte)) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = damaged(d.path, p)
+		}
+	}()
+	return d.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketName).ForEach(func(key, record []byte) error {
+			if len(key) != 8 {
+				return damaged(d.path, fmt.Sprintf("a key of %d bytes", len(key)))
+			}
+			f(binary.BigEndian.Uint64(key), record)
+			return nil
+		})
+	})
+}
+
+type diskMetrics struct {
+	duration prometheus.Histogram
+	failures prometheus.Counter
+}
+
+func newDiskMetrics(r prometheus.Registerer) *diskMetrics {
+	m := &diskMetrics{
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "promferry_gateway_disk_write_duration_seconds", Help: "How long it took to write changed groups to disk, several at a time, and to sync them.",
+			Buckets: []float64{0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5},
+		}),
+		failures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "promferry_gateway_disk_write_failures_total", Help: "Writes of groups to disk that failed. Pushes that wanted them were answered with 503.",
+		}),
+	}
+	r.MustRegister(m.duration, m.failures)
+	return m
+}

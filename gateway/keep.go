@@ -1,0 +1,276 @@
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/promferry/promferry/pushgw"
+)
+
+// record is a group on disk: all of one that does not expire; of one that does, that there is
+// such a group, and since when it is down or silent.
+type record struct {
+	Job    string            `json:"job"`
+	Labels map[string]string `json:"labels,omitempty"`
+	// Content is nil for what expires.
+	Content      *content      `json:"content,omitempty"`
+	ExpiresAfter time.Duration `json:"expires_after_ns,omitempty"`
+	// Pushed is exact for what does not expire, and for what is silent.
+	Pushed      time.Time `json:"pushed,omitzero"`
+	Failed      time.Time `json:"failed,omitzero"`
+	RefusedAt   time.Time `json:"refused_at,omitzero"`
+	Refusal     string    `json:"refusal,omitempty"`
+	DownSince   time.Time `json:"down_since,omitzero"`
+	SilentSince time.Time `json:"silent_since,omitzero"`
+}
+
+// mark tells what of a group is on disk from what has to be there. The zero mark is that of a
+// group that is not. What does not expire is written with each push all the same.
+type mark struct {
+	there, durable, silent bool
+	expiresAfter           time.Duration
+	down, refused          int64 // in Unix nanoseconds
+}
+
+func (s *state) mark(now time.Time) mark {
+	if s.content == nil && !s.awaited {
+		return mark{} // Nothing that was taken: it is in memory only.
+	}
+	m := mark{there: true, durable: s.durable, silent: s.silent(now), expiresAfter: s.expiresAfter}
+	if !s.downSince.IsZero() {
+		m.down = s.downSince.UnixNano()
+	}
+	if s.durable && !s.refusedAt.IsZero() {
+		m.refused = s.refusedAt.UnixNano()
+	}
+	return m
+}
+
+func (s *state) record(now time.Time) change {
+	r := record{
+		Job: s.group.key.Job, Labels: s.group.key.Labels, ExpiresAfter: s.expiresAfter, Pushed: s.pushed,
+		Failed: s.failed, RefusedAt: s.refusedAt, Refusal: s.refusal, DownSince: s.downSince,
+	}
+	if s.durable {
+		r.Content = s.content
+	}
+	if s.silent(now) {
+		r.SilentSince = s.silentFrom
+	}
+	b, err := json.Marshal(r)
+	if err != nil { // There is nothing in it that JSON has not.
+		panic(err)
+	}
+	return change{s.group.number, b}
+}
+
+// keep writes to disk what of a group is to outlive the process, where that has changed. The
+// lock of the group is held. The error is a *Refusal.
+func (s *Store) keep(next *state) error {
+	if s.disk == nil {
+		return nil
+	}
+	g := next.group
+	now := time.Now()
+	m := next.mark(now)
+	if !next.durable && m == g.kept {
+		return nil
+	}
+	err := s.disk.write(next.record(now))
+	s.wrote(err)
+	switch {
+	case err == nil:
+		g.kept = m
+	case next.durable || g.kept.durable:
+		return &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("the push could not be kept: %v; it is as if it had not been: push it again", err)}
+	}
+	// What expires is told by its next push, and the sweep tries again: a full disk is no
+	// reason to lose it.
+	return nil
+}
+
+func (s *Store) wrote(err error) {
+	if err != nil {
+		s.faults.Failed(context.Background(), "Groups not written to disk", err)
+	} else {
+		s.faults.Succeeded(context.Background(), "Groups written to disk again")
+	}
+}
+
+// graceAfterStart is for how long a group that is silent is kept at least after a start, so that
+// somebody is told of it whose Prometheus was away with the gateway.
+const graceAfterStart = time.Hour
+
+// load makes the groups that are on disk.
+func (s *Store) load(logger *slog.Logger) error {
+	return s.disk.each(func(number uint64, b []byte) {
+		s.made = max(s.made, number)
+		var r record
+		err := json.Unmarshal(b, &r)
+		if err == nil && r.Content != nil {
+			_, err = r.Content.families()
+		}
+		if err == nil && r.Job == "" {
+			err = fmt.Errorf("it has no job")
+		}
+		if err != nil {
+			logger.Error("A group on disk is damaged, and left out", "job", r.Job, "labels", r.Labels, "err", err)
+			return
+		}
+		g := newGroup(pushgw.GroupingKey{Job: r.Job, Labels: r.Labels}, number)
+		st := s.restored(g, r)
+		g.kept = st.mark(s.started)
+		g.now.Store(st)
+		s.groups[g.path] = g
+	})
+}
+
+// restored returns what a group is at the start of the gateway. Nobody is silent that was not
+// before its time has passed anew.
+func (s *Store) restored(g *group, r record) *state {
+	st := &state{
+		group: g, content: r.Content, awaited: r.Content == nil, durable: r.Content != nil, expiresAfter: r.ExpiresAfter, pushed: r.Pushed,
+		failed: r.Failed, refusedAt: r.RefusedAt, refusal: r.Refusal, downSince: r.DownSince,
+	}
+	if st.durable {
+		st.expiresAfter = cmp.Or(st.expiresAfter, s.config.ExpireDefault)
+	}
+	if st.expiresAfter == 0 {
+		return st
+	}
+	if r.SilentSince.IsZero() {
+		st.silentFrom = s.started.Add(st.expiresAfter)
+		if st.awaited {
+			st.pushed = time.Time{} // There may have been more since that was written.
+		}
+	} else if st.silentFrom = r.SilentSince; st.silentFrom.After(s.started) {
+		st.silentFrom = s.started // The clock went back.
+	}
+	st.forgotFrom = st.silentFrom.Add(s.config.ForgetAfter)
+	if grace := s.started.Add(min(graceAfterStart, s.config.ForgetAfter)); st.forgotFrom.Before(grace) {
+		st.forgotFrom = grace
+	}
+	return st
+}
+
+// Delete removes the group of a key. One that there is not is no error.
+func (s *Store) Delete(key pushgw.GroupingKey) error {
+	s.mu.RLock()
+	g := s.groups[groupPath(key)]
+	s.mu.RUnlock()
+	if g == nil {
+		return nil
+	}
+	_, err := s.remove([]*group{g}, func(*state) bool { return true })
+	return err
+}
+
+// DeleteAll removes all groups whose keys are wanted, and returns these. With an error, a
+// *Refusal, none of them is removed.
+func (s *Store) DeleteAll(wanted func(pushgw.GroupingKey) bool) ([]pushgw.GroupingKey, error) {
+	var chosen []*group
+	for _, st := range s.states(time.Now()) {
+		if wanted(st.group.key) {
+			chosen = append(chosen, st.group)
+		}
+	}
+	removed, err := s.remove(chosen, func(*state) bool { return true })
+	keys := make([]pushgw.GroupingKey, 0, len(removed))
+	for _, g := range removed {
+		keys = append(keys, g.key)
+	}
+	return keys, err
+}
+
+// remove takes groups out of memory, and off the disk, that are as wanted. It returns which.
+func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, error) {
+	s.several.Lock()
+	defer s.several.Unlock()
+	var held []*group
+	defer func() {
+		for _, g := range held {
+			g.mu.Unlock()
+		}
+	}()
+	var changes []change
+	for _, g := range groups {
+		g.mu.Lock()
+		if g.removed || !wanted(g.now.Load()) {
+			g.mu.Unlock()
+			continue
+		}
+		held = append(held, g)
+		if g.kept.there {
+			changes = append(changes, change{number: g.number})
+		}
+	}
+	if len(changes) > 0 {
+		err := s.disk.write(changes...)
+		s.wrote(err)
+		if err != nil {
+			return nil, &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("nothing is deleted: %v", err)}
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, g := range held {
+		g.removed = true
+		delete(s.groups, g.path)
+	}
+	return held, nil
+}
+
+// sweep removes what is gone, and writes to disk what has changed by time alone.
+func (s *Store) sweep() {
+	s.mu.RLock()
+	all := make([]*group, 0, len(s.groups))
+	for _, g := range s.groups {
+		all = append(all, g)
+	}
+	s.mu.RUnlock()
+	now := time.Now()
+	// An error is told, and the next sweep tries again.
+	_, _ = s.remove(all, func(st *state) bool { return !st.known(now) })
+	if s.disk != nil {
+		s.rewrite(all, now)
+	}
+}
+
+// rewrite writes those of the groups of which something else has to be on disk than is.
+func (s *Store) rewrite(groups []*group, now time.Time) {
+	s.several.Lock()
+	defer s.several.Unlock()
+	var held []*group
+	defer func() {
+		for _, g := range held {
+			g.mu.Unlock()
+		}
+	}()
+	var changes []change
+	for _, g := range groups {
+		g.mu.Lock()
+		st := g.now.Load()
+		if g.removed || !st.known(now) || st.mark(now) == g.kept {
+			g.mu.Unlock()
+			continue
+		}
+		held = append(held, g)
+		changes = append(changes, st.record(now))
+	}
+	if len(changes) == 0 {
+		return
+	}
+	err := s.disk.write(changes...)
+	s.wrote(err)
+	if err != nil {
+		return
+	}
+	for _, g := range held {
+		g.kept = g.now.Load().mark(now)
+	}
+}
