@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -137,8 +136,8 @@ func (s *Store) restored(g *group, r record) *state {
 		group: g, content: r.Content, awaited: r.Content == nil, durable: r.Content != nil, expiresAfter: r.ExpiresAfter, pushed: r.Pushed,
 		failed: r.Failed, refusedAt: r.RefusedAt, refusal: r.Refusal, downSince: r.DownSince,
 	}
-	if st.durable {
-		st.expiresAfter = cmp.Or(st.expiresAfter, s.config.ExpireDefault)
+	if st.durable { // It did not expire when it was pushed, and said no time itself.
+		st.expiresAfter = s.config.ExpireDefault
 	}
 	if st.expiresAfter == 0 {
 		return st

@@ -126,7 +126,7 @@ func (p *page) state(s *state, now time.Time) {
 	case !s.downSince.IsZero():
 		p.gauge(upName, upHelp, s.group.labels, 0)
 	}
-	if !s.awaited {
+	if !s.awaited || !s.pushed.IsZero() {
 		p.times(s)
 	}
 }

@@ -1,0 +1,363 @@
+package gateway
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+)
+
+// inFile makes a gateway keep its groups in a file.
+func inFile(file string) func(*Config) { return func(c *Config) { c.File = file } }
+
+// restart returns a gateway on the file of another one, which it closes.
+func restart(t *testing.T, g *Gateway, change func(*Config)) *Gateway {
+	t.Helper()
+	file := g.config.File
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return newTest(t, func(c *Config) {
+		c.File = file
+		if change != nil {
+			change(c)
+		}
+	})
+}
+
+// pages returns all that a gateway serves of its groups.
+func pages(g *Gateway) string {
+	var all strings.Builder
+	own := regexp.MustCompile(`(?m)^.*(promferry_gateway|gateway_test).*\n`)
+	all.WriteString(own.ReplaceAllString(ask(g, http.MethodGet, "/metrics", "", "Accept", quotedText).Body.String(), ""))
+	sd := ask(g, http.MethodGet, "/sd", "").Body.String()
+	all.WriteString(sd)
+	var entries []targetGroup
+	_ = json.Unmarshal([]byte(sd), &entries)
+	for _, entry := range entries {
+		for _, accept := range []string{quotedText, "", string(expfmt.FmtProtoDelim)} {
+			all.WriteString(ask(g, http.MethodGet, entry.Labels["__metrics_path__"], "", "Accept", accept).Body.String())
+		}
+	}
+	all.WriteString(ask(g, http.MethodGet, "/api/v1/metrics", "").Body.String())
+	return all.String()
+}
+
+const quotedText = "text/plain;version=0.0.4;escaping=allow-utf-8"
+
+// TestRestart shows that what does not expire is served after a restart byte for byte as
+// before, and can be added to.
+func TestRestart(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	native := &dto.MetricFamily{Name: new("n"), Type: dto.MetricType_HISTOGRAM.Enum(), Metric: []*dto.Metric{{Histogram: &dto.Histogram{
+		SampleCount: new(uint64(3)), SampleSum: new(4.5), Schema: new(int32(3)), ZeroThreshold: new(0.001), ZeroCount: new(uint64(0)),
+		PositiveSpan: []*dto.BucketSpan{{Offset: new(int32(0)), Length: new(uint32(1))}}, PositiveDelta: []int64{3},
+	}}}}
+	want(t, ask(g, http.MethodPut, "/metrics/job/native", delimited(t, native, gauge("up"), gauge("foo.bar", "l.m", "a\"\\\nb")), "Content-Type", string(expfmt.FmtProtoDelim)), http.StatusOK)
+	put(t, g, "/metrics/job@base64/L3Zhci90bXA/x@base64/YSBi", "# HELP a What \\\\ a\\nis.\n# TYPE a counter\na 1\na{b=\"#\"} 2\n")
+	put(t, g, "/metrics/job/down", "# TYPE up gauge\nup 0\n")
+	put(t, g, "/metrics/job/empty", "")
+	put(t, g, "/metrics/job/refused", "a 1\n")
+	want(t, ask(g, http.MethodPut, "/metrics/job/refused", "a 1 1\n"), http.StatusBadRequest)
+	g.store.sweep() // Writes that it was refused.
+	before, status := pages(g), g.Status()
+	g = restart(t, g, nil)
+	if after := pages(g); after != before {
+		t.Errorf("before\n%s\nafter\n%s", before, after)
+	}
+	for i, s := range g.Status().Groups {
+		b := status.Groups[i]
+		if s.State != b.State || s.Failure != b.Failure || !s.Failed.Equal(b.Failed) || !s.Pushed.Equal(b.Pushed) || s.Series != b.Series || s.Bytes != b.Bytes || !s.OnDisk {
+			t.Errorf("before\n%+v\nafter\n%+v", b, s)
+		}
+	}
+	want(t, ask(g, http.MethodPost, "/metrics/job/native", "b 1\n"), http.StatusOK)
+	want(t, ask(g, http.MethodGet, "/groups/job/native/metrics", "", "Accept", quotedText), http.StatusOK, "\nb{", "n_count{", `{"foo.bar",`)
+	// A younger group comes after the older ones, as before.
+	put(t, g, "/metrics/job/younger", "# TYPE b counter\nb 1\n")
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `# Left out: the family "b" of {instance="",job="younger"}`)
+	g = restart(t, g, nil)
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `# Left out: the family "b" of {instance="",job="younger"}`)
+}
+
+// TestDeleted shows that what was deleted does not come back.
+func TestDeleted(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	for _, job := range []string{"a", "b", "c"} {
+		put(t, g, "/metrics/job/"+job, "a 1\n")
+		put(t, g, "/metrics/job/"+job+"/instance/1", "up 1\npromferry_expires_after_seconds 30\n")
+	}
+	want(t, ask(g, http.MethodDelete, "/metrics/job/a", ""), http.StatusAccepted)
+	want(t, ask(g, http.MethodDelete, "/metrics/job/b/instance/1", ""), http.StatusAccepted)
+	put(t, g, "/metrics/job/b/instance/1", "b 1\n") // Made anew, of the other kind.
+	g = restart(t, g, nil)
+	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, "!/groups/job/a/metrics", "/groups/job/a/instance/1/metrics", "/groups/job/b/metrics", "/groups/job/b/instance/1/metrics")
+	want(t, ask(g, http.MethodGet, "/groups/job/b/instance/1/metrics", ""), http.StatusOK, `b{instance="1",job="b"} 1`)
+	_, err := g.store.remove(allGroups(g.store), func(*state) bool { return true })
+	if err != nil {
+		t.Error(err)
+	}
+	g = restart(t, g, nil)
+	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, "[]")
+}
+
+func allGroups(s *Store) []*group {
+	var all []*group
+	for _, st := range s.states(time.Now()) {
+		all = append(all, st.group)
+	}
+	return all
+}
+
+const expiring = "# TYPE up gauge\nup 1\na 1\npromferry_expires_after_seconds 30\n"
+
+// TestRestartExpiring restarts the gateway while nodes are alive, down, silent, and gone: nobody
+// that was dead vanishes, and nobody that lives is put down before its time has passed anew.
+func TestRestartExpiring(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const target = "/groups/job/node/instance/%s/metrics"
+		g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+		push := func(instance, body string) {
+			put(t, g, "/metrics/job/node/instance/"+instance, body)
+		}
+		push("dead", expiring)
+		died := time.Now()
+		<-time.After(time.Hour)
+		push("down", strings.Replace(expiring, "up 1", "up 0", 1))
+		downSince := time.Now()
+		push("alive", expiring)
+		push("lost", expiring)
+		g.store.sweep()
+		<-time.After(29 * time.Second)
+		silentSince := died.Add(30 * time.Second).UTC().Format(time.RFC3339)
+		deadSays := "silent since " + silentSince + ": the last push, at " + died.UTC().Format(time.RFC3339)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "dead"), ""), http.StatusServiceUnavailable, deadSays)
+
+		g = restart(t, g, nil)
+		started := time.Now()
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"dead"`, `"down"`, `"alive"`, `"lost"`)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "dead"), ""), http.StatusServiceUnavailable, deadSays)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "down"), ""), http.StatusServiceUnavailable, "down since "+downSince.UTC().Format(time.RFC3339), "before the gateway restarted")
+		for _, lives := range []string{"alive", "lost"} {
+			w := ask(g, http.MethodGet, fmt.Sprintf(target, lives), "")
+			want(t, w, http.StatusOK, "# The gateway has restarted", "!a{", "!push_time")
+			readPage(t, w)
+		}
+		page := ask(g, http.MethodGet, "/metrics", "")
+		want(t, page, http.StatusOK, `up{instance="dead",job="node"} 0`, `up{instance="down",job="node"} 0`, `!"alive"`, `!"lost"`,
+			fmt.Sprintf(`push_time_seconds{instance="dead",job="node"} %v`, float64(died.Unix())),
+			`promferry_gateway_groups{state="awaited"} 2`, `promferry_gateway_groups{state="down"} 1`, `promferry_gateway_groups{state="silent"} 1`, `promferry_gateway_groups{state="live"} 0`)
+		want(t, ask(g, http.MethodGet, "/api/v1/metrics", ""), http.StatusOK, `"lost"`)
+
+		<-time.After(30*time.Second - 1)
+		push("alive", expiring)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "alive"), ""), http.StatusOK, `a{instance="alive",job="node"} 1`)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "lost"), ""), http.StatusOK)
+		<-time.After(1)
+		for _, gone := range []string{"lost", "down"} { // Down before, and silent now.
+			want(t, ask(g, http.MethodGet, fmt.Sprintf(target, gone), ""), http.StatusServiceUnavailable,
+				"silent since "+started.Add(30*time.Second).UTC().Format(time.RFC3339)+": no push came")
+			want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, fmt.Sprintf(`up{instance=%q,job="node"} 0`, gone))
+		}
+		g.store.sweep()
+
+		// A second one: who was found silent after the first still is.
+		<-time.After(10 * time.Second)
+		g = restart(t, g, nil)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "lost"), ""), http.StatusServiceUnavailable, "silent since "+started.Add(30*time.Second).UTC().Format(time.RFC3339))
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "dead"), ""), http.StatusServiceUnavailable, deadSays)
+		// Each has a day from when it fell silent.
+		<-time.After(time.Until(died.Add(30*time.Second + 24*time.Hour - 1)))
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"dead"`, `"lost"`)
+		<-time.After(1)
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"dead"`, `"lost"`)
+		g.store.sweep()
+
+		// The hub is away over a week-end: somebody is still told.
+		file := g.config.File
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(72 * time.Hour)
+		g = newTest(t, inFile(file))
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"dead"`, `"lost"`, `"alive"`)
+		want(t, ask(g, http.MethodGet, fmt.Sprintf(target, "alive"), ""), http.StatusServiceUnavailable, "silent since")
+		<-time.After(time.Hour - 1)
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"lost"`, `"alive"`)
+		<-time.After(1)
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"lost"`)
+	})
+}
+
+// TestRestartDefault has a group whose expiry is that of --expire.default, before and after
+// that changes.
+func TestRestartDefault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+		put(t, g, "/metrics/job/j", "a 1\n")
+		g = restart(t, g, func(c *Config) { c.ExpireDefault = time.Minute })
+		<-time.After(time.Minute - 1)
+		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK, "a{")
+		<-time.After(1)
+		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusServiceUnavailable)
+		// The default was a mistake, and nothing is lost by it.
+		g.store.sweep()
+		g = restart(t, g, nil)
+		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK, "a{")
+	})
+}
+
+// TestManyAtOnce has many push at once: fewer writes than pushes, and all of them are there.
+func TestManyAtOnce(t *testing.T) {
+	g := newTest(t, func(c *Config) { c.File, c.MaxGroups = filepath.Join(t.TempDir(), "groups.db"), 1000 })
+	const pushers, pushes = 32, 20
+	var wg sync.WaitGroup
+	for p := range pushers {
+		wg.Go(func() {
+			for i := range pushes {
+				w := ask(g, http.MethodPost, fmt.Sprintf("/metrics/job/j/instance/%d", p), fmt.Sprintf("a_%d %d\n", i, i))
+				if w.Code != http.StatusOK {
+					t.Error(w.Body)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	var m dto.Metric
+	if err := g.store.disk.metrics.duration.Write(&m); err != nil || m.GetHistogram().GetSampleCount() >= pushers*pushes {
+		t.Errorf("%d writes of %d pushes, %v", m.GetHistogram().GetSampleCount(), pushers*pushes, err)
+	}
+	g = restart(t, g, nil)
+	for p := range pushers {
+		families := readPage(t, ask(g, http.MethodGet, fmt.Sprintf("/groups/job/j/instance/%d/metrics", p), ""))
+		for i := range pushes {
+			if got := families[fmt.Sprintf("a_%d", i)].GetMetric(); len(got) != 1 || got[0].GetUntyped().GetValue() != float64(i) {
+				t.Errorf("pusher %d: a_%d is %v", p, i, got)
+			}
+		}
+	}
+}
+
+// TestDiskFails has a disk that takes nothing: what has to be on it is refused and changes
+// nothing, and what lives in memory goes on.
+func TestDiskFails(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/batch", "a 1\n")
+	put(t, g, "/metrics/job/both", "a 1\n")
+	if err := g.store.disk.db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, job := range []string{"batch", "new"} {
+		want(t, ask(g, http.MethodPut, "/metrics/job/"+job, "a 2\n"), http.StatusServiceUnavailable, "could not be kept", "groups.db", "push it again")
+	}
+	// On disk it would be one that does not expire, for ever.
+	want(t, ask(g, http.MethodPut, "/metrics/job/both", expiring), http.StatusServiceUnavailable)
+	want(t, ask(g, http.MethodDelete, "/metrics/job/batch", ""), http.StatusServiceUnavailable, "nothing is deleted")
+	put(t, g, "/metrics/job/node", expiring)
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `a{instance="",job="batch"} 1`, `a{instance="",job="both"} 1`, `a{instance="",job="node"} 1`, `!job="new"`,
+		`promferry_gateway_pushes_total{result="disk"} 3`, `push_failure_time_seconds{instance="",job="batch"} 0`)
+	if got := testutil.ToFloat64(g.store.disk.metrics.failures); got != 5 {
+		t.Errorf("%v failures, want 5", got)
+	}
+	// It is here again.
+	again, err := openDisk(g.config.File, discard{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.store.disk.db = again.db
+	g.store.sweep()
+	put(t, g, "/metrics/job/new", "a 3\n")
+	g = restart(t, g, nil)
+	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"batch"`, `"both"`, `"new"`, `"node"`)
+}
+
+// TestPacked packs texts, with tails of all lengths at which something changes.
+func TestPacked(t *testing.T) {
+	random := make([]byte, 200000)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(random)
+	for _, text := range [][]byte{nil, []byte("a 1\n"), bytes.Repeat([]byte("node_load1 0.5\n"), 10000), random} {
+		p := newPacker()
+		p.write(text[:len(text)/3])
+		p.write(text[len(text)/3:])
+		packed := p.packed()
+		if got, err := packed.unpack(); err != nil || !bytes.Equal(got, text) {
+			t.Errorf("%d bytes come back as %d, %v", len(text), len(got), err)
+		}
+		for _, n := range []int{0, 1, maxStored - 1, maxStored, maxStored + 1, 2*maxStored + 1} {
+			if got := ungzip(t, packed.gzip(random[:n])); !bytes.Equal(got, append(text[:len(text):len(text)], random[:n]...)) {
+				t.Errorf("%d bytes and %d: %d come back", len(text), n, len(got))
+			}
+		}
+		for _, damage := range []func(*packedText){
+			func(p *packedText) { p.Sum++ },
+			func(p *packedText) { p.Size++ },
+			func(p *packedText) { p.Size = -1 },
+			func(p *packedText) { p.Size = 1 << 50 },
+			func(p *packedText) { p.Stream = append(bytes.Clone(p.Stream[:len(p.Stream)/2]), 0xff) },
+		} {
+			damaged := packed
+			damage(&damaged)
+			if got, err := damaged.unpack(); err == nil && len(text) > 0 {
+				t.Errorf("damaged, %d bytes come back as %d", len(text), len(got))
+			}
+		}
+	}
+}
+
+// TestSplit cuts texts into the families that they were made of.
+func TestSplit(t *testing.T) {
+	g := newTest(t, nil)
+	put(t, g, "/metrics/job/j", "# HELP a # TYPE b gauge\\n\n# TYPE a counter\na{x=\"#\\n# TYPE c gauge\"} 1\n"+
+		"# TYPE \"b # TYPE x\\\\\\\"\" gauge\n{\"b # TYPE x\\\\\\\"\",\"#\"=\"1\"} 1\n# TYPE s summary\ns{quantile=\"0.5\"} 1\ns_sum 1\ns_count 1\nup 1\n")
+	c := g.store.states(time.Now())[0].content
+	families, err := c.families()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(map[string]string)
+	for _, f := range families {
+		got[f.name] = fmt.Sprint(f.typ, f.series(), f.quoted)
+	}
+	if want := map[string]string{"a": "COUNTER 1 false", `b # TYPE x\"`: "GAUGE 1 true", "s": "SUMMARY 3 false", "up": "UNTYPED 1 false"}; !maps.Equal(got, want) {
+		t.Errorf("families %q, want %q", got, want)
+	}
+	for _, text := range []string{"a 1\n", "# TYPE a\na 1\n", "# TYPE a nothing\na 1\n", "# HELP a x\na 1\n"} {
+		if families, err := c.split([]byte(text)); err == nil {
+			t.Errorf("%q is %v", text, families)
+		}
+	}
+}
+
+// discard is a registerer that keeps nothing.
+type discard struct{ prometheus.Registerer }
+
+func (discard) MustRegister(...prometheus.Collector) {}
+
+func ungzip(t *testing.T, b []byte) []byte {
+	t.Helper()
+	z, err := gzip.NewReader(bytes.NewReader(b)) // The standard library's, which is not what packs.
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
