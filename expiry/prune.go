@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"github.com/prometheus/common/model"
 
+	"github.com/promferry/promferry/internal/labelmatch"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -18,9 +20,9 @@ type Prune struct {
 	// OlderThan is how long ago the last push that succeeded must be. A group that never had
 	// one has no age, and is left alone.
 	OlderThan time.Duration
-	// Match are labels that a group must have in its grouping key, job among them, with
-	// exactly these values. Nil matches every group.
-	Match map[string]string
+	// Match must all match the labels of a group's grouping key, job among them. Without any,
+	// every group is.
+	Match []labelmatch.Matchers
 	// ListTimeout is how long reading the list of groups may take.
 	ListTimeout time.Duration
 	// PushTimeout is how long one delete, and the question for the time, may take.
@@ -59,16 +61,9 @@ func (p Prune) Find(ctx context.Context, g Gateway) ([]Old, error) {
 }
 
 func (p Prune) matches(key pushgw.GroupingKey) bool {
-	for name, want := range p.Match {
-		value, ok := key.Labels[name]
-		if name == model.JobLabel {
-			value, ok = key.Job, true
-		}
-		if !ok || value != want {
-			return false
-		}
-	}
-	return true
+	labels := map[string]string{model.JobLabel: key.Job}
+	maps.Copy(labels, key.Labels)
+	return !slices.ContainsFunc(p.Match, func(m labelmatch.Matchers) bool { return !m.Match(labels) })
 }
 
 // Delete deletes those of the groups found that still are what Find returns: it lists them

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/promferry/promferry/expiry"
+	"github.com/promferry/promferry/internal/labelmatch"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -27,8 +28,15 @@ func TestPrune(t *testing.T) {
 		<-time.After(30*24*time.Hour + time.Second)
 		g.push("new", 40)
 		p := expiry.Prune{OlderThan: 30 * 24 * time.Hour, ListTimeout: time.Minute, PushTimeout: time.Second}
-		find := func(match map[string]string) (names []string) {
-			p.Match = match
+		find := func(match ...string) (names []string) {
+			p.Match = nil
+			for _, text := range match {
+				m, err := labelmatch.Parse(text)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p.Match = append(p.Match, m)
+			}
 			found, err := p.Find(t.Context(), g)
 			if err != nil {
 				t.Fatal(err)
@@ -39,16 +47,17 @@ func TestPrune(t *testing.T) {
 			return names
 		}
 		for _, tc := range []struct {
-			match map[string]string
+			match []string
 			want  string
 		}{
 			{nil, "[oldest 721h0m1s back 720h0m1s old 720h0m1s refused 720h0m1s]"},
-			{map[string]string{"job": "node"}, "[oldest 721h0m1s back 720h0m1s old 720h0m1s refused 720h0m1s]"},
-			{map[string]string{"job": "node", "instance": "old"}, "[old 720h0m1s]"},
-			{map[string]string{"job": "nod"}, "[]"},
-			{map[string]string{"env": ""}, "[]"},
+			{[]string{"job=node"}, "[oldest 721h0m1s back 720h0m1s old 720h0m1s refused 720h0m1s]"},
+			{[]string{"job=node", "instance=old"}, "[old 720h0m1s]"},
+			{[]string{`{job="node",instance=~"old.*"}`}, "[oldest 721h0m1s old 720h0m1s]"},
+			{[]string{"job=nod"}, "[]"},
+			{[]string{`env!=""`}, "[]"},
 		} {
-			if got := fmt.Sprint(find(tc.match)); got != tc.want {
+			if got := fmt.Sprint(find(tc.match...)); got != tc.want {
 				t.Errorf("%v: %s, want %s", tc.match, got, tc.want)
 			}
 		}

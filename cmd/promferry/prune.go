@@ -17,6 +17,7 @@ import (
 
 	"github.com/promferry/promferry/expiry"
 	"github.com/promferry/promferry/internal/httpclient"
+	"github.com/promferry/promferry/internal/labelmatch"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -24,7 +25,7 @@ const pruneName = "expire prune"
 
 const (
 	olderThanHelp   = "How long ago the last push to a group must be, as in 30d. Required."
-	matchHelp       = "A label of the grouping key that a group must have, as name=value. Can be repeated: all must match."
+	matchHelp       = "Which groups, by labels of their grouping keys, as job=backup or {job=\"node\",instance=~\"web-.*\"}. Can be repeated: all must match."
 	allHelp         = "Delete whatever is old enough, without a --match."
 	yesHelp         = "Delete without asking."
 	pruneDryRunHelp = "List the groups, and delete none."
@@ -43,7 +44,7 @@ func newPruneCommand(app *kingpin.Application) *pruneCommand {
 	clause := app.Command(pruneName, "Delete groups that nobody has pushed to for long, with an expiry or without. It lists them first, and asks.")
 	p := &pruneCommand{gateways: newGatewaySettings("URL of a Pushgateway to clean up.")}
 	clause.Flag("older-than", olderThanHelp).PlaceHolder("TIME").StringVar(&p.olderThan)
-	clause.Flag("match", matchHelp).PlaceHolder("NAME=VALUE").StringsVar(&p.match)
+	clause.Flag("match", matchHelp).PlaceHolder("MATCHERS").StringsVar(&p.match)
 	clause.Flag("all", allHelp).BoolVar(&p.all)
 	clause.Flag("yes", yesHelp).BoolVar(&p.yes)
 	clause.Flag("dry-run", pruneDryRunHelp).BoolVar(&p.dryRun)
@@ -88,19 +89,15 @@ func (p *pruneCommand) prune() (expiry.Prune, []error) {
 		errs = append(errs, fmt.Errorf("--older-than: %q: want a time above zero with its unit, as in 12h or 30d", p.olderThan))
 	}
 	prune.OlderThan = time.Duration(olderThan)
-	if len(p.match) > 0 {
-		prune.Match = make(map[string]string)
-	}
-	for _, m := range p.match {
-		name, value, ok := strings.Cut(m, "=")
-		if !ok || name == "" {
-			errs = append(errs, fmt.Errorf("--match: %q: want name=value, as in job=backup", m))
-			continue
+	for _, text := range p.match {
+		m, err := labelmatch.Parse(text)
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("--match: %w", err))
+		case m.All():
+			errs = append(errs, fmt.Errorf("--match: %q is every group: --all says that", text))
 		}
-		if other, ok := prune.Match[name]; ok && other != value {
-			errs = append(errs, fmt.Errorf("--match: the label %q cannot be both %q and %q: run it twice", name, other, value))
-		}
-		prune.Match[name] = value
+		prune.Match = append(prune.Match, m)
 	}
 	switch {
 	case len(p.match) == 0 && !p.all:
