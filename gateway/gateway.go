@@ -41,6 +41,8 @@ type Gateway struct {
 	metrics *metrics
 	// parsing has room for as many pushes as are read and rendered at a time.
 	parsing chan struct{}
+	// large has room for as many large bodies as are read at a time.
+	large chan struct{}
 }
 
 // New returns a Gateway with the groups that its file holds. It must be closed.
@@ -51,7 +53,7 @@ func New(config Config) (*Gateway, error) {
 	}
 	return &Gateway{
 		config: config, store: store, started: time.Now(), metrics: newMetrics(config.Registerer, store),
-		parsing: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
+		parsing: make(chan struct{}, 2*runtime.GOMAXPROCS(0)), large: make(chan struct{}, largeBodies),
 	}, nil
 }
 
@@ -80,7 +82,7 @@ const writeTime = 30 * time.Second
 // ServeHTTP answers /metrics and all below it, /groups/, /sd and /api/v1/. No path is cleaned:
 // what is pushed goes where the path says, or nowhere.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(bodyTime + parseTime + writeTime))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(3*bodyTime + parseTime + writeTime))
 	path := r.URL.EscapedPath()
 	switch {
 	case isGroupPath(path):
@@ -181,7 +183,9 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) (*pushed, error) {
 	b := getBuffer()
 	defer putBuffer(b)
-	if err := g.readBody(w, r, b); err != nil {
+	done, err := g.readBody(w, r, b)
+	defer done()
+	if err != nil {
 		return nil, err
 	}
 	select {

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bufio"
+	"bytes"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -110,4 +111,43 @@ func TestSlow(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestLargeBodies has more large bodies come at once than are read at a time, and none of them
+// come to its end: others go on, and one more is told so.
+func TestLargeBodies(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, func(c *Config) { c.MaxBodyBytes = 4 * smallBody })
+		var wg sync.WaitGroup
+		push := func(status int, part string) *io.PipeWriter {
+			near, far := io.Pipe()
+			r := httptest.NewRequest(http.MethodPut, "http://hub:9091/metrics/job/large", near)
+			wg.Go(func() {
+				w := httptest.NewRecorder()
+				g.ServeHTTP(w, r)
+				_ = near.Close()
+				want(t, w, status, part)
+			})
+			wg.Go(func() { _, _ = far.Write(bytes.Repeat([]byte("# and so on\n"), smallBody/6)) })
+			return far
+		}
+		var stuck []*io.PipeWriter
+		for range largeBodies {
+			stuck = append(stuck, push(http.StatusOK, ""))
+		}
+		synctest.Wait()
+		push(http.StatusTooManyRequests, "8 bodies of more than 1048576 bytes are being read")
+		put(t, g, "/metrics/job/small", "a 1\n")
+		<-time.After(bodyTime)
+		synctest.Wait()
+		for _, far := range stuck {
+			_ = far.Close()
+		}
+		wg.Wait()
+		// There is room again.
+		far := push(http.StatusOK, "")
+		synctest.Wait()
+		_ = far.Close()
+		wg.Wait()
+	})
 }

@@ -17,10 +17,11 @@ const (
 	reasonGroups       = "too_many_groups"
 	reasonTimeout      = "timeout"
 	reasonDisk         = "disk"
+	reasonBusy         = "busy"
 )
 
 var results = []string{
-	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout, reasonDisk,
+	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout, reasonDisk, reasonBusy,
 }
 
 type metrics struct {

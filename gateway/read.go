@@ -26,8 +26,10 @@ const (
 	parseTime = 30 * time.Second
 )
 
-// readBody reads the body of a push into b, unpacked.
-func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) error {
+// readBody reads the body of a push into b, unpacked. Done is to be called when b is not needed
+// any more.
+func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) (done func(), err error) {
+	done = func() {}
 	control := http.NewResponseController(w)
 	_ = control.SetReadDeadline(time.Now().Add(bodyTime))
 	most := g.config.MaxBodyBytes
@@ -37,7 +39,7 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buff
 	case "gzip":
 		z, err := gzip.NewReader(body)
 		if err != nil {
-			return g.bodyFault(encoding, err)
+			return done, g.bodyFault(encoding, err)
 		}
 		body = z
 	case "snappy":
@@ -45,16 +47,47 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buff
 	default: // As a Pushgateway does: it is read as it is.
 		encoding = ""
 	}
-	n, err := b.ReadFrom(io.LimitReader(body, most+1))
+	n, err := b.ReadFrom(io.LimitReader(body, min(smallBody, most)+1))
+	if err == nil && n > smallBody && n <= most {
+		if done, err = g.largeTurn(r.Context()); err != nil {
+			return done, err
+		}
+		_ = control.SetReadDeadline(time.Now().Add(bodyTime))
+		var more int64
+		more, err = b.ReadFrom(io.LimitReader(body, most+1-n))
+		n += more
+	}
 	if err != nil {
-		return g.bodyFault(encoding, err)
+		return done, g.bodyFault(encoding, err)
 	}
 	if n > most {
-		return g.tooLarge()
+		return done, g.tooLarge()
 	}
 	// All of it came. At a deadline in the time that follows, net/http would end the request.
 	_ = control.SetReadDeadline(time.Now().Add(parseTime + writeTime))
-	return nil
+	return done, nil
+}
+
+// smallBody is up to which size, in bytes, unpacked, a body waits for nobody. Of larger ones,
+// largeBodies are read at a time, so that many of them take no more memory than some.
+const (
+	smallBody   = 1 << 20
+	largeBodies = 8
+)
+
+// largeTurn waits until another large body may be read.
+func (g *Gateway) largeTurn(ctx context.Context) (done func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, bodyTime)
+	defer cancel()
+	select {
+	case g.large <- struct{}{}:
+		return func() { <-g.large }, nil
+	case <-ctx.Done():
+		return func() {}, &Refusal{
+			Status: http.StatusTooManyRequests, Reason: reasonBusy,
+			Text: fmt.Sprintf("%d bodies of more than %d bytes are being read, and none came to its end within %v", largeBodies, smallBody, bodyTime),
+		}
+	}
 }
 
 func (g *Gateway) bodyFault(encoding string, err error) error {
