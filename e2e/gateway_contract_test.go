@@ -31,6 +31,7 @@ var gatewayDifferences = map[string]string{
 	"le":          "A grouping label `le` is refused with a histogram.",
 	"across":      "Groups do not refuse each other's families.",
 	"own":         "Families of the gateway's own refuse nobody.",
+	"match":       "Groups can be deleted by matchers.",
 	"empty":       "A label without a value is no label.",
 	"twice":       "A bucket or a quantile that comes twice is refused.",
 	"merged":      "A protobuf family that comes twice is kept whole.",
@@ -127,7 +128,9 @@ func gatewayCases(t *testing.T) []gatewayCase {
 		{name: "PATCH of a group", requests: ask1("PATCH", contractGroup), status: 405},
 		{name: "OPTIONS of a group", requests: ask1("OPTIONS", contractGroup), status: 200},
 		{name: "PUT of all", requests: ask1("PUT", "/metrics"), status: 405},
-		{name: "PUT of the listing", requests: ask1("PUT", "/api/v1/metrics"), status: 405},
+		{name: "PUT of the listing", requests: ask1("PUT", "/api/v1/metrics"), status: 405, differs: "match", ours: 405},
+		{name: "DELETE by match", requests: append(put1("/metrics/job/a/instance/x", "a 1\n"), put1("/metrics/job/b", "a 1\n")[0],
+			gatewayRequest{method: "DELETE", path: `/api/v1/metrics?match[]={job="a"}`}), status: 405, differs: "match", ours: 200},
 		{name: "POST of wipe", requests: ask1("POST", "/api/v1/admin/wipe"), status: 405},
 		{name: "wipe", requests: append(put1("/metrics/job/j", "a 1\n"), gatewayRequest{path: "/api/v1/admin/wipe"}), status: 202},
 		{name: "status", requests: ask1("GET", "/api/v1/status"), status: 200},
@@ -259,7 +262,7 @@ func TestGatewayContract(t *testing.T) {
 			if our.status != test.ours {
 				t.Errorf("our status is %d, want %d: %s", our.status, test.ours, our.answer)
 			}
-			if our.status == their.status && our.groups == their.groups && (their.pageErr == nil) == (our.pageErr == nil) {
+			if our.status == their.status && our.allow == their.allow && our.groups == their.groups && (their.pageErr == nil) == (our.pageErr == nil) {
 				t.Errorf("there is no difference %q: status %d,\n%s", test.differs, our.status, our.groups)
 			}
 		})
