@@ -1,8 +1,12 @@
 package gateway
 
 import (
+	"cmp"
+	"encoding/json"
 	"net/http"
+	"reflect"
 	"testing"
+	"time"
 
 	"github.com/prometheus/common/expfmt"
 
@@ -49,5 +53,22 @@ func FuzzPush(f *testing.F) {
 			}
 		}
 		want(t, ask(g, http.MethodGet, "/api/v1/metrics", ""), http.StatusOK, `"job":"first"`)
+		// What would be on disk is what is in memory, family by family.
+		for _, s := range g.store.states(time.Now()) {
+			if s.content == nil {
+				continue
+			}
+			var r record
+			if err := json.Unmarshal(s.record(time.Now()).record, &r); err != nil || r.Content == nil != !s.durable {
+				t.Fatal(err)
+			}
+			families, err := s.content.families()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again, err := cmp.Or(r.Content, s.content).families(); err != nil || !reflect.DeepEqual(again, families) {
+				t.Fatalf("%v: %v is kept as %v", err, families, again)
+			}
+		}
 	})
 }
