@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/promferry/promferry/internal/page"
 	"github.com/promferry/promferry/reverse"
 )
 
@@ -26,13 +27,13 @@ type AgentStatus struct {
 // Agent returns the page of an agent. Status is called once for each request, and what it
 // returns is only read. The page takes the parameter refresh of [Proxy].
 func Agent(status func() AgentStatus) http.Handler {
-	return handler("agent.html", nil, func(q query) any { return newAgentPage(status(), q) })
+	return pages.Handler("agent.html", page.Parameters{}, func(q page.Query) any { return newAgentPage(status(), q) })
 }
 
 // agentPage is what the template shows.
 type agentPage struct {
-	head
-	Forwarding text
+	page.Head
+	Forwarding page.Text
 	Lines      []lineRow
 	Down       int
 	Targets    []row
@@ -41,25 +42,25 @@ type agentPage struct {
 
 // lineRow is the way to a proxy.
 type lineRow struct {
-	Proxy, Kind, Err text
+	Proxy, Kind, Err page.Text
 	Connected        bool
-	Since            moment
+	Since            page.Moment
 	Lines            string
 }
 
-func newAgentPage(status AgentStatus, q query) *agentPage {
+func newAgentPage(status AgentStatus, q page.Query) *agentPage {
 	p := &agentPage{
-		head:       newHead("promferry agent", status.Version, status.Now, q),
-		Forwarding: limited(status.Forwarding, maxSentence),
+		Head:       page.NewHead("promferry agent", status.Version, status.Now, q),
+		Forwarding: page.Sentence(status.Forwarding),
 	}
 	if status.Name != "" {
-		name := short(status.Name)
+		name := page.Short(status.Name)
 		p.Name, p.Title = name, name.Short+" – promferry agent"
 	}
 	for _, l := range status.Lines {
 		v := lineRow{
-			Proxy: short(l.Proxy), Kind: kind(l.Kind), Err: limited(l.Err, maxSentence),
-			Connected: l.Lines > 0, Since: momentOf(l.Since, status.Now), Lines: lines(l.Lines, l.Busy),
+			Proxy: page.Short(l.Proxy), Kind: kind(l.Kind), Err: page.Sentence(l.Err),
+			Connected: l.Lines > 0, Since: page.MomentOf(l.Since, status.Now), Lines: lines(l.Lines, l.Busy),
 		}
 		if !v.Connected {
 			p.Down++
@@ -68,7 +69,7 @@ func newAgentPage(status AgentStatus, q query) *agentPage {
 	}
 	for i := range status.Targets {
 		t := &status.Targets[i]
-		v := row{Job: short(t.Job), URL: short(t.URL(status.Name)), Last: scrapeOf(t.Last, status.Now)}
+		v := row{Job: page.Short(t.Job), URL: page.Short(t.URL(status.Name)), Last: scrapeOf(t.Last, status.Now)}
 		if v.Last.Failing {
 			p.Failing++
 		}

@@ -1,10 +1,7 @@
 package page
 
 import (
-	"encoding/xml"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -13,111 +10,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/promferry/promferry/internal/page/pagetest"
 	"github.com/promferry/promferry/reverse"
 )
 
 var now = time.Date(2026, 3, 9, 14, 30, 5, 0, time.FixedZone("CET", 3600))
-
-// node is an element of a page. The templates write HTML that is XML as well, so that the
-// tests need no parser of their own: a tag or quote too many is an error.
-type node struct {
-	name     string
-	attrs    map[string]string
-	children []*node
-	text     string // when it is no element
-}
-
-func parse(t *testing.T, page string) *node {
-	t.Helper()
-	d := xml.NewDecoder(strings.NewReader(page))
-	d.Entity = xml.HTMLEntity
-	root := &node{}
-	open := []*node{root}
-	for {
-		token, err := d.Token()
-		if errors.Is(err, io.EOF) {
-			return root
-		}
-		if err != nil {
-			t.Fatalf("%v in\n%s", err, page)
-		}
-		top := open[len(open)-1]
-		switch token := token.(type) {
-		case xml.StartElement:
-			n := &node{name: token.Name.Local, attrs: map[string]string{}}
-			for _, a := range token.Attr {
-				n.attrs[a.Name.Local] = a.Value
-			}
-			top.children = append(top.children, n)
-			open = append(open, n)
-		case xml.EndElement:
-			open = open[:len(open)-1]
-		case xml.CharData:
-			top.children = append(top.children, &node{text: string(token)})
-		case xml.Comment:
-			t.Errorf("a comment: %s", token)
-		}
-	}
-}
-
-// all returns the elements below n for which good is true, in order.
-func (n *node) all(good func(*node) bool) []*node {
-	var found []*node
-	for _, c := range n.children {
-		if c.name != "" && good(c) {
-			found = append(found, c)
-		}
-		found = append(found, c.all(good)...)
-	}
-	return found
-}
-
-func named(name string) func(*node) bool { return func(n *node) bool { return n.name == name } }
-
-func class(name string) func(*node) bool {
-	return func(n *node) bool { return slices.Contains(strings.Fields(n.attrs["class"]), name) }
-}
-
-// says returns the text of n, with single spaces.
-func (n *node) says() string {
-	var b strings.Builder
-	var walk func(*node)
-	walk = func(n *node) {
-		b.WriteString(n.text)
-		for _, c := range n.children {
-			walk(c)
-		}
-		if slices.Contains([]string{"td", "th", "span", "strong", "em", "p"}, n.name) {
-			b.WriteString(" ")
-		}
-	}
-	walk(n)
-	return strings.Join(strings.Fields(b.String()), " ")
-}
-
-func saying(nodes []*node) []string {
-	var texts []string
-	for _, n := range nodes {
-		texts = append(texts, n.says())
-	}
-	return texts
-}
-
-func get(t *testing.T, h http.Handler, target string) *httptest.ResponseRecorder {
-	t.Helper()
-	w := httptest.NewRecorder()
-	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, target, nil))
-	return w
-}
-
-func show(t *testing.T, h http.Handler, target string) *node {
-	t.Helper()
-	w := get(t, h, target)
-	if w.Code != http.StatusOK {
-		t.Fatalf("%s: %d %s", target, w.Code, w.Body)
-	}
-	return parse(t, w.Body.String())
-}
 
 // fixed returns the page of a proxy that knows these clients.
 func fixed(clients ...reverse.ClientStatus) http.Handler {
@@ -143,41 +40,17 @@ func client(name string, last ...reverse.ScrapeStatus) reverse.ClientStatus {
 }
 
 // shown returns the names of the clients on a page.
-func shown(page *node) []string {
-	return saying(page.all(func(n *node) bool { return n.name == "strong" && n.attrs["class"] == "name" }))
+func shown(page *pagetest.Node) []string {
+	return pagetest.Saying(page.All(func(n *pagetest.Node) bool { return n.Name == "strong" && n.Attrs["class"] == "name" }))
 }
 
 func TestHeaders(t *testing.T) {
 	for name, h := range map[string]http.Handler{"proxy": fixed(), "agent": Agent(func() AgentStatus { return AgentStatus{Now: now} })} {
 		t.Run(name, func(t *testing.T) {
-			for _, target := range []string{"/", "/?refresh=never"} {
-				header := get(t, h, target).Header()
-				for key, want := range map[string]string{
-					"X-Content-Type-Options": "nosniff",
-					"Referrer-Policy":        "no-referrer",
-					"Cache-Control":          "no-store",
-				} {
-					if got := header.Get(key); got != want {
-						t.Errorf("%s: %s %q, want %q", target, key, got, want)
-					}
-				}
-				for _, part := range []string{"default-src 'none'", "style-src 'sha256-", "form-action 'self'", "frame-ancestors 'none'", "base-uri 'none'"} {
-					if csp := header.Get("Content-Security-Policy"); !strings.Contains(csp, part) || strings.Contains(csp, "unsafe") || strings.Contains(csp, "script-src") {
-						t.Errorf("%s: policy %q, want %s in it", target, csp, part)
-					}
-				}
-			}
-			if got := get(t, h, "/").Header().Get("Content-Type"); got != "text/html; charset=utf-8" {
-				t.Errorf("type %q", got)
-			}
-			// Not a single attribute is left for the policy to refuse.
-			page := show(t, h, "/")
-			if n := page.all(func(n *node) bool { return n.attrs["style"] != "" || n.name == "script" }); len(n) > 0 {
-				t.Errorf("inline: %v", n)
-			}
+			page := pagetest.Guarded(t, h)
 			var links []string
-			for _, a := range page.all(named("nav"))[0].all(named("a")) {
-				links = append(links, a.attrs["href"])
+			for _, a := range page.All(pagetest.Named("nav"))[0].All(pagetest.Named("a")) {
+				links = append(links, a.Attrs["href"])
 			}
 			for _, want := range []string{"metrics", "-/healthy", "-/ready"} {
 				if !slices.Contains(links, want) {
@@ -188,86 +61,27 @@ func TestHeaders(t *testing.T) {
 	}
 }
 
-func TestMethods(t *testing.T) {
-	server := httptest.NewServer(fixed(client("web-1", good)))
-	defer server.Close()
-	do := func(method string) (status int, allow string, length int64) {
-		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, server.URL+"/?q=web", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := server.Client().Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		return resp.StatusCode, resp.Header.Get("Allow"), resp.ContentLength
-	}
-	_, _, whole := do(http.MethodGet)
-	if status, _, length := do(http.MethodHead); status != http.StatusOK || length < 1000 || length != whole {
-		t.Errorf("HEAD: %d, %d bytes; GET: %d bytes", status, length, whole)
-	}
-	for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodOptions, http.MethodConnect} {
-		if status, allow, _ := do(method); status != http.StatusMethodNotAllowed || allow != "GET, HEAD" {
-			t.Errorf("%s: %d, Allow %q", method, status, allow)
-		}
-	}
-}
-
-func TestQueryLimits(t *testing.T) {
-	h := fixed(client("web-1", good))
-	for query, want := range map[string]int{
-		"q=" + strings.Repeat("%C3%A4", 200):  http.StatusOK,
-		"q=" + strings.Repeat("a", 201):       http.StatusBadRequest,
-		"other=" + strings.Repeat("a", 4<<10): http.StatusBadRequest,
-		"q=%ff":                               http.StatusBadRequest,
-		"q=%zz":                               http.StatusBadRequest,
-		"q=a;b":                               http.StatusBadRequest,
-		"other=1":                             http.StatusOK,
-		"state=":                              http.StatusOK,
-		"state=away":                          http.StatusOK,
-		"state=asleep":                        http.StatusBadRequest,
-		"refresh=":                            http.StatusOK,
-		"refresh=5":                           http.StatusOK,
-		"refresh=3600":                        http.StatusOK,
-		"refresh=4":                           http.StatusBadRequest,
-		"refresh=3601":                        http.StatusBadRequest,
-		"refresh=-15":                         http.StatusBadRequest,
-		"refresh=15;url=//evil.example":       http.StatusBadRequest,
-		"refresh=15%3Burl%3D%2F%2Fevil":       http.StatusBadRequest,
-	} {
-		w := get(t, h, "/?"+query)
-		if w.Code != want {
-			t.Errorf("%.40s: %d, want %d", query, w.Code, want)
-		}
-		if w.Code != http.StatusOK && w.Header().Get("Content-Type") != "text/plain; charset=utf-8" {
-			t.Errorf("%.40s: refused as %s", query, w.Header().Get("Content-Type"))
-		}
-	}
-}
-
 func TestRefresh(t *testing.T) {
-	refresh := func(page *node) (content string) {
-		for _, m := range page.all(named("meta")) {
-			if m.attrs["http-equiv"] == "refresh" {
-				content = m.attrs["content"]
+	refresh := func(page *pagetest.Node) (content string) {
+		for _, m := range page.All(pagetest.Named("meta")) {
+			if m.Attrs["http-equiv"] == "refresh" {
+				content = m.Attrs["content"]
 			}
 		}
 		return content
 	}
-	link := func(page *node, text string) string {
+	link := func(page *pagetest.Node, text string) string {
 		t.Helper()
-		for _, a := range page.all(named("a")) {
-			if strings.Contains(a.says(), text) {
-				return a.attrs["href"]
+		for _, a := range page.All(pagetest.Named("a")) {
+			if strings.Contains(a.Says(), text) {
+				return a.Attrs["href"]
 			}
 		}
 		t.Fatalf("no link %q", text)
 		return ""
 	}
 	h := fixed(client("web-1", good))
-	page := show(t, h, "/?q=a%26b&state=away")
+	page := pagetest.Show(t, h, "/?q=a%26b&state=away")
 	if got := refresh(page); got != "" {
 		t.Errorf("comes again after %q, want never", got)
 	}
@@ -275,7 +89,7 @@ func TestRefresh(t *testing.T) {
 	if on != "?q=a%26b&refresh=15&state=away" {
 		t.Errorf("link %q", on)
 	}
-	page = show(t, h, "/"+on)
+	page = pagetest.Show(t, h, "/"+on)
 	if got := refresh(page); got != "15" {
 		t.Errorf("comes again after %q, want 15", got)
 	}
@@ -283,11 +97,11 @@ func TestRefresh(t *testing.T) {
 		t.Errorf("link %q", got)
 	}
 	// A search goes on refreshing.
-	hidden := page.all(func(n *node) bool { return n.name == "input" && n.attrs["type"] == "hidden" })
-	if len(hidden) != 1 || hidden[0].attrs["name"] != "refresh" || hidden[0].attrs["value"] != "15" {
+	hidden := page.All(func(n *pagetest.Node) bool { return n.Name == "input" && n.Attrs["type"] == "hidden" })
+	if len(hidden) != 1 || hidden[0].Attrs["name"] != "refresh" || hidden[0].Attrs["value"] != "15" {
 		t.Errorf("hidden fields %v", hidden)
 	}
-	agent := show(t, Agent(func() AgentStatus { return AgentStatus{Now: now} }), "/?refresh=30")
+	agent := pagetest.Show(t, Agent(func() AgentStatus { return AgentStatus{Now: now} }), "/?refresh=30")
 	if got := refresh(agent); got != "30" {
 		t.Errorf("the agent's comes again after %q, want 30", got)
 	}
@@ -309,7 +123,7 @@ func TestProxyPage(t *testing.T) {
 
 	clients := []reverse.ClientStatus{away, broken, crowded, duplicate, failing, client("fine", good), gone, legacy, odd, unscraped}
 	h := fixed(clients...)
-	page := show(t, h, "/")
+	page := pagetest.Show(t, h, "/")
 
 	for id, want := range map[string]string{
 		"failing":  "broken failing legacy",
@@ -317,7 +131,7 @@ func TestProxyPage(t *testing.T) {
 		"away":     "away gone",
 		"fine":     "fine odd unscraped",
 	} {
-		sections := page.all(func(n *node) bool { return n.name == "section" && n.attrs["aria-labelledby"] == id })
+		sections := page.All(func(n *pagetest.Node) bool { return n.Name == "section" && n.Attrs["aria-labelledby"] == id })
 		if len(sections) != 1 {
 			t.Fatalf("%d sections %s", len(sections), id)
 		}
@@ -328,15 +142,15 @@ func TestProxyPage(t *testing.T) {
 	if got := strings.Join(shown(page), " "); !strings.HasPrefix(got, "broken failing legacy crowded") {
 		t.Errorf("order %s: want what fails first", got)
 	}
-	tiles := saying(page.all(class("tiles"))[0].all(named("li")))
+	tiles := pagetest.Saying(page.All(pagetest.Class("tiles"))[0].All(pagetest.Named("li")))
 	want := []string{"3 failing in 3 clients", "2 away 1 stopped on purpose", "8 connected of 10 clients", "10 targets 8 of them connected"}
 	if !slices.Equal(tiles, want) {
 		t.Errorf("counts %q, want %q", tiles, want)
 	}
 
 	rows := map[string][]string{}
-	for _, body := range page.all(named("tbody")) {
-		rows[shown(body)[0]] = saying(body.all(named("tr")))
+	for _, body := range page.All(pagetest.Named("tbody")) {
+		rows[shown(body)[0]] = pagetest.Saying(body.All(pagetest.Named("tr")))
 	}
 	for name, want := range map[string][]string{
 		"fine": {"fine 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://fine:9100/metrics 12 s ago 34 ms 200 ok"},
@@ -358,18 +172,18 @@ func TestProxyPage(t *testing.T) {
 		}
 	}
 
-	banners := saying(page.all(class("banner")))
+	banners := pagetest.Saying(page.All(pagetest.Class("banner")))
 	if len(banners) != 2 || !strings.Contains(banners[0], "name of crowded.") || !strings.Contains(banners[1], "1 target has") {
 		t.Errorf("banners %q", banners)
 	}
-	for _, th := range page.all(named("th")) {
-		if th.attrs["scope"] == "" {
-			t.Errorf("a heading without scope: %s", th.says())
+	for _, th := range page.All(pagetest.Named("th")) {
+		if th.Attrs["scope"] == "" {
+			t.Errorf("a heading without scope: %s", th.Says())
 		}
 	}
-	moment := page.all(class("failing"))[0].all(named("time"))[0]
-	if moment.attrs["datetime"] != "2026-03-09T10:30:05Z" || moment.attrs["title"] != "since 2026-03-09 10:30:05 UTC" || moment.says() != "3 h" {
-		t.Errorf("broken's line is since %v %q", moment.attrs, moment.says())
+	moment := page.All(pagetest.Class("failing"))[0].All(pagetest.Named("time"))[0]
+	if moment.Attrs["datetime"] != "2026-03-09T10:30:05Z" || moment.Attrs["title"] != "since 2026-03-09 10:30:05 UTC" || moment.Says() != "3 h" {
+		t.Errorf("broken's line is since %v %q", moment.Attrs, moment.Says())
 	}
 
 	for state, want := range map[string]string{
@@ -378,7 +192,7 @@ func TestProxyPage(t *testing.T) {
 		"failing":   "broken failing legacy",
 		"":          "broken failing legacy crowded duplicate away gone fine odd unscraped",
 	} {
-		if got := strings.Join(shown(show(t, h, "/?state="+state)), " "); got != want {
+		if got := strings.Join(shown(pagetest.Show(t, h, "/?state="+state)), " "); got != want {
 			t.Errorf("state %q: %s, want %s", state, got, want)
 		}
 	}
@@ -386,13 +200,15 @@ func TestProxyPage(t *testing.T) {
 
 func TestSettling(t *testing.T) {
 	for settling, want := range map[bool]int{true: 1, false: 0} {
-		page := show(t, Proxy(func() reverse.ProxyStatus { return reverse.ProxyStatus{Now: now, Settling: settling} }), "/")
-		banners := page.all(func(n *node) bool { return n.attrs["role"] == "status" && strings.Contains(n.says(), "Settling") })
+		page := pagetest.Show(t, Proxy(func() reverse.ProxyStatus { return reverse.ProxyStatus{Now: now, Settling: settling} }), "/")
+		banners := page.All(func(n *pagetest.Node) bool {
+			return n.Attrs["role"] == "status" && strings.Contains(n.Says(), "Settling")
+		})
 		if len(banners) != want {
 			t.Errorf("settling %t: %d banners", settling, len(banners))
 		}
-		if !strings.Contains(page.says(), "No client has connected yet.") {
-			t.Errorf("an empty proxy says %q", page.says())
+		if !strings.Contains(page.Says(), "No client has connected yet.") {
+			t.Errorf("an empty proxy says %q", page.Says())
 		}
 	}
 }
@@ -421,26 +237,26 @@ func TestSearch(t *testing.T) {
 		"front192":                   "", // never across values
 		"nobody":                     "",
 	} {
-		page := show(t, h, "/?q="+url.QueryEscape(q))
+		page := pagetest.Show(t, h, "/?q="+url.QueryEscape(q))
 		var got []string
-		for _, body := range page.all(named("tbody")) {
-			got = append(got, fmt.Sprintf("%s %d", shown(body)[0], len(body.all(named("tr")))))
+		for _, body := range page.All(pagetest.Named("tbody")) {
+			got = append(got, fmt.Sprintf("%s %d", shown(body)[0], len(body.All(pagetest.Named("tr")))))
 		}
 		if strings.Join(got, ", ") != want {
 			t.Errorf("%q: %s, want %s", q, strings.Join(got, ", "), want)
 		}
-		field := page.all(func(n *node) bool { return n.attrs["name"] == "q" })[0]
-		if field.attrs["value"] != strings.TrimSpace(q) {
-			t.Errorf("%q: the field says %q", q, field.attrs["value"])
+		field := page.All(func(n *pagetest.Node) bool { return n.Attrs["name"] == "q" })[0]
+		if field.Attrs["value"] != strings.TrimSpace(q) {
+			t.Errorf("%q: the field says %q", q, field.Attrs["value"])
 		}
 		// The numbers stay those of everything.
-		if tile := page.all(class("tiles"))[0].all(named("li"))[2].says(); tile != "2 connected of 2 clients" {
+		if tile := page.All(pagetest.Class("tiles"))[0].All(pagetest.Named("li"))[2].Says(); tile != "2 connected of 2 clients" {
 			t.Errorf("%q: %s", q, tile)
 		}
-		if q == "app" && !strings.Contains(page.says(), "1 more target not shown") {
+		if q == "app" && !strings.Contains(page.Says(), "1 more target not shown") {
 			t.Error("a target that does not match is not mentioned")
 		}
-		if q == "nobody" && !strings.Contains(page.says(), "No client matches.") {
+		if q == "nobody" && !strings.Contains(page.Says(), "No client matches.") {
 			t.Error("nothing says that nothing was found")
 		}
 	}
@@ -452,64 +268,46 @@ func TestLimits(t *testing.T) {
 		clients = append(clients, client(fmt.Sprintf("web-%03d", i), good, good))
 	}
 	clients[399].Targets[1].Last = down
-	page := show(t, fixed(clients...), "/")
+	page := pagetest.Show(t, fixed(clients...), "/")
 	rows := 0
-	for _, body := range page.all(named("tbody")) {
-		rows += len(body.all(named("tr")))
+	for _, body := range page.All(pagetest.Named("tbody")) {
+		rows += len(body.All(pagetest.Named("tr")))
 	}
 	if rows != 500 || len(shown(page)) != 250 || shown(page)[0] != "web-399" {
 		t.Errorf("%d rows of %d clients from %s on, want 500 of 250 from web-399 on", rows, len(shown(page)), shown(page)[0])
 	}
-	if !strings.Contains(page.says(), "150 more clients: narrow the search to see them.") {
+	if !strings.Contains(page.Says(), "150 more clients: narrow the search to see them.") {
 		t.Error("nothing says that there are more")
 	}
-	if !strings.Contains(page.all(class("tiles"))[0].says(), "400 connected") {
+	if !strings.Contains(page.All(pagetest.Class("tiles"))[0].Says(), "400 connected") {
 		t.Error("only those shown were counted")
 	}
 
 	many := client("many", slices.Repeat([]reverse.ScrapeStatus{good}, 700)...)
 	many.Targets[650].Last = down
 	many.Last = good
-	page = show(t, fixed(many, client("other", good)), "/")
-	rowsOf := page.all(named("tbody"))[0].all(named("tr"))
-	if len(rowsOf) != 500 || !strings.Contains(rowsOf[0].says(), "job650") || !strings.Contains(rowsOf[0].says(), "200 more targets not shown") {
-		t.Errorf("%d rows, the first one %q", len(rowsOf), rowsOf[0].says())
+	page = pagetest.Show(t, fixed(many, client("other", good)), "/")
+	rowsOf := page.All(pagetest.Named("tbody"))[0].All(pagetest.Named("tr"))
+	if len(rowsOf) != 500 || !strings.Contains(rowsOf[0].Says(), "job650") || !strings.Contains(rowsOf[0].Says(), "200 more targets not shown") {
+		t.Errorf("%d rows, the first one %q", len(rowsOf), rowsOf[0].Says())
 	}
-	if !strings.Contains(page.says(), "1 more client: narrow") {
+	if !strings.Contains(page.Says(), "1 more client: narrow") {
 		t.Error("nothing says that there is another client")
 	}
 
 	for i := range clients[:12] {
 		clients[i].Sessions = 2
 	}
-	page = show(t, fixed(clients...), "/")
-	if banner := page.all(class("banner"))[0]; len(banner.all(named("a"))) != 10 || !strings.Contains(banner.says(), "web-009 and 2 more.") {
-		t.Errorf("banner %q", banner.says())
+	page = pagetest.Show(t, fixed(clients...), "/")
+	if banner := page.All(pagetest.Class("banner"))[0]; len(banner.All(pagetest.Named("a"))) != 10 || !strings.Contains(banner.Says(), "web-009 and 2 more.") {
+		t.Errorf("banner %q", banner.Says())
 	}
 }
 
 // TestHostile shows that whatever a client says is text on the page, and nothing else: the
 // elements and attributes are those of a page with a harmless value.
 func TestHostile(t *testing.T) {
-	skeleton := func(page *node) string {
-		var b strings.Builder
-		for _, n := range page.all(func(*node) bool { return true }) {
-			var attrs []string
-			for name, value := range n.attrs {
-				switch {
-				case name == "title":
-					continue // where a value is cut
-				case name == "value" || name == "href" || n.name == "time":
-					value = "" // holds the client's
-				}
-				attrs = append(attrs, name+"="+value)
-			}
-			slices.Sort(attrs)
-			fmt.Fprintln(&b, n.name, attrs)
-		}
-		return b.String()
-	}
-	with := func(value string) (*node, *node) {
+	with := func(value string) (*pagetest.Node, *pagetest.Node) {
 		c := client(value, down)
 		c.Kind, c.Version, c.Remote, c.Instance, c.Sessions = value, value, value, value+"i", 2
 		c.Labels = map[string]string{value: value}
@@ -519,99 +317,50 @@ func TestHostile(t *testing.T) {
 		a := Agent(func() AgentStatus {
 			return AgentStatus{Name: value, Forwarding: value, Version: value, Now: now, Lines: []reverse.LineStatus{l}, Targets: c.Targets}
 		})
-		return show(t, fixed(c), "/?q="+url.QueryEscape(value)), show(t, a, "/")
+		return pagetest.Show(t, fixed(c), "/?q="+url.QueryEscape(value)), pagetest.Show(t, a, "/")
 	}
 	proxy, agent := with("harmless")
-	wantProxy, wantAgent := skeleton(proxy), skeleton(agent)
-	for _, value := range []string{
-		`<script>alert(1)</script>`,
-		`"><img src=x onerror=alert(1)>`,
-		`' onmouseover='alert(1)' x='`,
-		"` onload=alert(1)",
-		`</td></table></style></title></textarea><svg onload=alert(1)>`,
-		`<!-- -->`,
-		`]]>`,
-		`&lt;script&gt;&#x3c;`,
-		`javascript:alert(1)`,
-		`{{.}}{{template "head"}}`,
-		`?q=&state=away#x`,
-		"\u00e4\u4e16",
-	} {
+	wantProxy, wantAgent := proxy.Skeleton(), agent.Skeleton()
+	for _, value := range pagetest.Hostile {
 		proxy, agent := with(value)
-		if got := skeleton(proxy); got != wantProxy {
+		if got := proxy.Skeleton(); got != wantProxy {
 			t.Errorf("%q changes the proxy's page:\n%s", value, got)
 		}
-		if got := skeleton(agent); got != wantAgent {
+		if got := agent.Skeleton(); got != wantAgent {
 			t.Errorf("%q changes the agent's page:\n%s", value, got)
 		}
 		// It is there, whole, as text.
 		for where, texts := range map[string][]string{
-			"name": shown(proxy), "job": saying(proxy.all(class("job"))), "agent's job": saying(agent.all(class("job"))),
+			"name": shown(proxy), "job": pagetest.Saying(proxy.All(pagetest.Class("job"))), "agent's job": pagetest.Saying(agent.All(pagetest.Class("job"))),
 		} {
 			if len(texts) != 1 || texts[0] != strings.Join(strings.Fields(value), " ") {
 				t.Errorf("%s: %q, want %q", where, texts, value)
 			}
 		}
-		for _, a := range slices.Concat(proxy.all(named("a")), agent.all(named("a"))) {
-			if u, err := url.Parse(a.attrs["href"]); err != nil || u.Scheme != "" || u.Host != "" {
-				t.Errorf("%q: a link to %q", value, a.attrs["href"])
+		for _, a := range slices.Concat(proxy.All(pagetest.Named("a")), agent.All(pagetest.Named("a"))) {
+			if u, err := url.Parse(a.Attrs["href"]); err != nil || u.Scheme != "" || u.Host != "" {
+				t.Errorf("%q: a link to %q", value, a.Attrs["href"])
 			}
 		}
 	}
 }
 
-func TestText(t *testing.T) {
+func TestLongValues(t *testing.T) {
 	long := strings.Repeat("x", 81)
-	endless := strings.Repeat("\u4e16", 1001)
-	for value, want := range map[string]text{
-		"":                                 {},
-		"web-1":                            {Short: "web-1"},
-		strings.Repeat("x", 80):            {Short: strings.Repeat("x", 80)},
-		long:                               {Short: long[:80] + "…", Full: long},
-		endless:                            {Short: endless[:3*80] + "…", Full: endless[:3*1000] + "…"},
-		"a\u202eb\u2066\u200b":             {Short: `a\u202eb\u2066\u200b`},
-		"a\x00\n\x1b[31m\x7f":              {Short: `a\u0000\u000a\u001b[31m\u007f`},
-		"\U000e0041":                       {Short: `\U000e0041`},
-		"gr\u00fc\u00df \u4e16 \U0001f600": {Short: "gr\u00fc\u00df \u4e16 \U0001f600"},
-		"a\xffb":                           {Short: "a\ufffdb"},
-	} {
-		if got := short(value); got != want {
-			t.Errorf("%.40q: %+v, want %+v", value, got, want)
-		}
-	}
 	c := client("web-1", good)
 	c.Labels = map[string]string{"b": long, "a": "1"}
 	c.Targets[0].Job = long
-	page := show(t, fixed(c), "/")
-	job := page.all(class("job"))[0].all(named("bdi"))[0]
-	if job.says() != long[:80]+"…" || job.attrs["title"] != long {
-		t.Errorf("job %q, title %q", job.says(), job.attrs["title"])
+	page := pagetest.Show(t, fixed(c), "/")
+	job := page.All(pagetest.Class("job"))[0].All(pagetest.Named("bdi"))[0]
+	if job.Says() != long[:80]+"…" || job.Attrs["title"] != long {
+		t.Errorf("job %q, title %q", job.Says(), job.Attrs["title"])
 	}
-	if title := page.all(class("more"))[0].all(named("bdi"))[2].attrs["title"]; title != "a=1 b="+long {
+	if title := page.All(pagetest.Class("more"))[0].All(pagetest.Named("bdi"))[2].Attrs["title"]; title != "a=1 b="+long {
 		t.Errorf("labels %q", title)
 	}
 }
 
-func TestAgo(t *testing.T) {
-	for d, want := range map[time.Duration]string{
-		-time.Hour:                   "now",
-		999 * time.Millisecond:       "now",
-		time.Second:                  "1 s ago",
-		59*time.Second + 999e6:       "59 s ago",
-		time.Minute:                  "1 min ago",
-		time.Hour - 1:                "59 min ago",
-		time.Hour:                    "1 h ago",
-		48*time.Hour - 1:             "47 h ago",
-		48 * time.Hour:               "2 d ago",
-		400*24*time.Hour + time.Hour: "400 d ago",
-	} {
-		if got := ago(d); got != want {
-			t.Errorf("%v: %q, want %q", d, got, want)
-		}
-	}
-	if got := age(-time.Second); got != "0 s" {
-		t.Errorf("an age ahead: %q, want 0 s", got)
-	}
+func TestTook(t *testing.T) {
 	for d, want := range map[time.Duration]string{
 		0:                       "0.0 ms",
 		1260 * time.Microsecond: "1.3 ms",
@@ -635,13 +384,13 @@ func TestAgentPage(t *testing.T) {
 		},
 		Targets: client("web-1", good, down, reverse.ScrapeStatus{}).Targets,
 	}
-	page := show(t, Agent(func() AgentStatus { return status }), "/?q=ignored&state=ignored")
-	if got := page.all(named("title"))[0].says(); got != "web-1 – promferry agent" {
+	page := pagetest.Show(t, Agent(func() AgentStatus { return status }), "/?q=ignored&state=ignored")
+	if got := page.All(pagetest.Named("title"))[0].Says(); got != "web-1 – promferry agent" {
 		t.Errorf("title %q", got)
 	}
 	var rows []string
-	for _, body := range page.all(named("tbody")) {
-		rows = append(rows, saying(body.all(named("tr")))...)
+	for _, body := range page.All(pagetest.Named("tbody")) {
+		rows = append(rows, pagetest.Saying(body.All(pagetest.Named("tr")))...)
 	}
 	want := []string{
 		"https://a.example.org long-poll, 1 line for 1 min",
@@ -654,16 +403,16 @@ func TestAgentPage(t *testing.T) {
 	if !slices.Equal(rows, want) {
 		t.Errorf("rows %q\nwant %q", rows, want)
 	}
-	if got := saying(page.all(named("h2"))); !slices.Equal(got, []string{"Proxies 3 2 not connected", "Pull targets 3 1 failing"}) {
+	if got := pagetest.Saying(page.All(pagetest.Named("h2"))); !slices.Equal(got, []string{"Proxies 3 2 not connected", "Pull targets 3 1 failing"}) {
 		t.Errorf("headings %q", got)
 	}
-	if !strings.Contains(page.all(named("main"))[0].says(), "Puts 2 targets.") {
+	if !strings.Contains(page.All(pagetest.Named("main"))[0].Says(), "Puts 2 targets.") {
 		t.Error("nothing about forwarding")
 	}
 
 	// An agent without a proxy has no word about them.
-	page = show(t, Agent(func() AgentStatus { return AgentStatus{Version: "1.2.3", Now: now, Forwarding: "Puts 2 targets."} }), "/")
-	if got := page.all(named("table")); len(got) != 0 {
+	page = pagetest.Show(t, Agent(func() AgentStatus { return AgentStatus{Version: "1.2.3", Now: now, Forwarding: "Puts 2 targets."} }), "/")
+	if got := page.All(pagetest.Named("table")); len(got) != 0 {
 		t.Errorf("%d tables", len(got))
 	}
 }

@@ -1,12 +1,11 @@
 package page
 
 import (
-	"bytes"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
 
+	"github.com/promferry/promferry/internal/page"
 	"github.com/promferry/promferry/reverse"
 )
 
@@ -16,10 +15,6 @@ const (
 	stateAway      = "away"
 	stateFailing   = "failing"
 )
-
-// maxRows is how many targets a page shows at most: more would be slow to draw, and nobody
-// reads them.
-const maxRows = 500
 
 // maxNames is how many clients a warning names.
 const maxNames = 10
@@ -33,12 +28,12 @@ const maxNames = 10
 // answered with the page.
 func Proxy(status func() reverse.ProxyStatus) http.Handler {
 	states := []string{stateConnected, stateAway, stateFailing}
-	return handler("proxy.html", states, func(q query) any { return newProxyPage(status(), q) })
+	return pages.Handler("proxy.html", page.Parameters{States: states}, func(q page.Query) any { return newProxyPage(status(), q) })
 }
 
 // proxyPage is what the template shows.
 type proxyPage struct {
-	head
+	page.Head
 	Settling bool
 	// The numbers are those of all clients, whatever is searched for.
 	Clients, Connected, Away, Goodbye int
@@ -51,15 +46,13 @@ type proxyPage struct {
 	Matching                          int
 	// MoreClients is how many of the matching ones are not shown.
 	MoreClients int
-	// Narrowed tells that not everything was asked for.
-	Narrowed bool
 	// The links from the numbers lead to all that was counted.
 	AllLink, ConnectedLink, AwayLink, FailingLink string
 }
 
 // crowded is a client whose name several processes use.
 type crowded struct {
-	Name text
+	Name page.Text
 	Link string
 }
 
@@ -72,9 +65,9 @@ type section struct {
 
 // clientRows is a client with a row for each target.
 type clientRows struct {
-	Name, Kind, Remote, Version, Instance, Labels text
+	Name, Kind, Remote, Version, Instance, Labels page.Text
 	Connected, Goodbye                            bool
-	Since                                         moment
+	Since                                         page.Moment
 	Lines                                         string
 	// Sessions is zero unless there are too many.
 	Sessions int
@@ -86,7 +79,7 @@ type clientRows struct {
 // row is a target, or what else was scraped of a client.
 type row struct {
 	// Job and URL are empty unless this is a target.
-	Job, URL text
+	Job, URL page.Text
 	// Other says what this is when it is no target.
 	Other     string
 	Duplicate bool
@@ -150,16 +143,15 @@ type hit struct {
 	targets []int
 }
 
-func newProxyPage(status reverse.ProxyStatus, q query) *proxyPage {
+func newProxyPage(status reverse.ProxyStatus, q page.Query) *proxyPage {
 	p := &proxyPage{
-		head:     newHead("promferry proxy", status.Version, status.Now, q, link{"clients", "Clients for service discovery"}),
+		Head:     page.NewHead("promferry proxy", status.Version, status.Now, q, page.Link{Address: "clients", Text: "Clients for service discovery"}),
 		Settling: status.Settling,
 		Clients:  len(status.Clients),
-		Narrowed: q.Search != "" || q.State != "",
 	}
-	everything := query{Refresh: q.Refresh}
-	p.AllLink, p.ConnectedLink = everything.Link(), everything.with(stateConnected).Link()
-	p.AwayLink, p.FailingLink = everything.with(stateAway).Link(), everything.with(stateFailing).Link()
+	everything := q.All()
+	p.AllLink, p.ConnectedLink = everything.Link(), everything.With(stateConnected).Link()
+	p.AwayLink, p.FailingLink = everything.With(stateAway).Link(), everything.With(stateFailing).Link()
 
 	var hits [conditions][]hit
 	wanted := newSearch(q.Search)
@@ -178,7 +170,7 @@ func newProxyPage(status reverse.ProxyStatus, q query) *proxyPage {
 	p.MoreCrowded = max(0, len(p.Crowded)-maxNames)
 	p.Crowded = p.Crowded[:len(p.Crowded)-p.MoreCrowded]
 
-	rows := maxRows
+	rows := page.MaxRows
 	for _, s := range []section{
 		p.section(&rows, status.Now, hits[isFailing], "failing", "Failing", "Connected, but the last scrape of a target failed."),
 		p.section(&rows, status.Now, hits[isDoubtful], "doubtful", "Doubtful", "Scraped, but the name or a target is used twice."),
@@ -214,7 +206,7 @@ func (p *proxyPage) add(c *reverse.ClientStatus, condition condition, failed int
 		}
 	}
 	if c.Sessions > 1 {
-		p.Crowded = append(p.Crowded, crowded{short(c.Name), query{Search: c.Name}.Link()})
+		p.Crowded = append(p.Crowded, crowded{page.Short(c.Name), page.Query{Search: c.Name}.Link()})
 	}
 }
 
@@ -238,12 +230,12 @@ func (p *proxyPage) section(rows *int, now time.Time, hits []hit, id, title, not
 func clientRowsOf(h hit, now time.Time, limit int) clientRows {
 	c := h.client
 	v := clientRows{
-		Name: short(c.Name), Kind: kind(c.Kind), Remote: short(c.Remote), Version: short(c.Version), Labels: labels(c.Labels),
+		Name: page.Short(c.Name), Kind: kind(c.Kind), Remote: page.Short(c.Remote), Version: page.Short(c.Version), Labels: page.Labels(c.Labels),
 		Connected: c.Connected, Goodbye: c.Goodbye,
-		Since: momentOf(c.Since, now), Lines: lines(c.Lines, c.Busy),
+		Since: page.MomentOf(c.Since, now), Lines: lines(c.Lines, c.Busy),
 	}
 	if c.Instance != c.Name {
-		v.Instance = short(c.Instance)
+		v.Instance = page.Short(c.Instance)
 	}
 	if c.Sessions > 1 {
 		v.Sessions = c.Sessions
@@ -261,7 +253,7 @@ func clientRowsOf(h hit, now time.Time, limit int) clientRows {
 	})
 	for _, i := range targets[:min(len(targets), limit)] {
 		t := &c.Targets[i]
-		v.Rows = append(v.Rows, row{Job: short(t.Job), URL: short(t.URL(c.Name)), Duplicate: t.Duplicate, Last: scrapeOf(t.Last, now)})
+		v.Rows = append(v.Rows, row{Job: page.Short(t.Job), URL: page.Short(t.URL(c.Name)), Duplicate: t.Duplicate, Last: scrapeOf(t.Last, now)})
 	}
 	switch other := (row{Other: "something else", Last: scrapeOf(c.Last, now)}); {
 	case len(c.Targets) == 0:
@@ -281,36 +273,29 @@ func rank(bad bool) int {
 	return 1
 }
 
-// search finds clients and targets by words, whatever their case. It is for one request.
+// search finds clients and targets by words. It is for one request.
 type search struct {
-	words   [][]byte
+	*page.Search
 	missing [][]byte
-	hay     []byte
 }
 
-func newSearch(q string) *search {
-	s := &search{}
-	for word := range strings.FieldsSeq(strings.ToLower(q)) {
-		s.words = append(s.words, []byte(word))
-	}
-	return s
-}
+func newSearch(q string) *search { return &search{Search: page.NewSearch(q)} }
 
 // find tells whether each word stands in what is known of the client and, unless the
 // client's own has them all, of one of its targets. Then it returns which targets; nil
 // means all.
 func (s *search) find(c *reverse.ClientStatus) (targets []int, ok bool) {
-	if len(s.words) == 0 {
+	if len(s.Words) == 0 {
 		return nil, true
 	}
-	s.hay = s.hay[:0]
-	s.put(c.Name, c.Instance, c.Remote, c.Version, c.Kind)
+	s.Clear()
+	s.Put(c.Name, c.Instance, c.Remote, c.Version, c.Kind)
 	for name, value := range c.Labels {
-		s.put(name + "=" + value)
+		s.Put(name + "=" + value)
 	}
 	s.missing = s.missing[:0]
-	for _, word := range s.words {
-		if !s.has(word) {
+	for _, word := range s.Words {
+		if !s.Has(word) {
 			s.missing = append(s.missing, word)
 		}
 	}
@@ -319,22 +304,11 @@ func (s *search) find(c *reverse.ClientStatus) (targets []int, ok bool) {
 	}
 	for i := range c.Targets {
 		t := &c.Targets[i]
-		s.hay = s.hay[:0]
-		s.put(t.Job, t.URL(c.Name), t.Last.Result)
-		if !slices.ContainsFunc(s.missing, func(word []byte) bool { return !s.has(word) }) {
+		s.Clear()
+		s.Put(t.Job, t.URL(c.Name), t.Last.Result)
+		if !slices.ContainsFunc(s.missing, func(word []byte) bool { return !s.Has(word) }) {
 			targets = append(targets, i)
 		}
 	}
 	return targets, len(targets) > 0
 }
-
-// put adds values to the haystack. No word has a line feed in it, so none is found across
-// two of them.
-func (s *search) put(values ...string) {
-	for _, value := range values {
-		s.hay = append(s.hay, strings.ToLower(value)...)
-		s.hay = append(s.hay, '\n')
-	}
-}
-
-func (s *search) has(word []byte) bool { return bytes.Contains(s.hay, word) }
