@@ -15,7 +15,7 @@ import (
 var small = New(fstest.MapFS{
 	"style.css":  {Data: []byte("p { margin: 0; }")},
 	"small.html": {Data: []byte(`{{template "head" .}}<body>{{template "header" .}}</body></html>`)},
-}).Handler("small.html", Parameters{States: []string{"away", "near"}}, func(q Query) any {
+}).Handler("small.html", Parameters{States: []string{"away", "near"}, Sorts: []string{"size", "age"}}, func(q Query) any {
 	return NewHead("promferry small", "1.2.3", time.Unix(1e9, 0), q)
 })
 
@@ -58,6 +58,9 @@ func TestQueryLimits(t *testing.T) {
 		"state=":                              http.StatusOK,
 		"state=away":                          http.StatusOK,
 		"state=asleep":                        http.StatusBadRequest,
+		"sort=":                               http.StatusOK,
+		"sort=age":                            http.StatusOK,
+		"sort=name":                           http.StatusBadRequest,
 		"refresh=":                            http.StatusOK,
 		"refresh=5":                           http.StatusOK,
 		"refresh=3600":                        http.StatusOK,
@@ -117,5 +120,38 @@ func TestAgo(t *testing.T) {
 	}
 	if got := age(-time.Second); got != "0 s" {
 		t.Errorf("an age ahead: %q, want 0 s", got)
+	}
+}
+
+func TestSize(t *testing.T) {
+	for bytes, want := range map[int]string{
+		0:                   "0 B",
+		1023:                "1023 B",
+		1 << 10:             "1.0 KiB",
+		10178:               "9.9 KiB",
+		10199:               "10 KiB",
+		999 << 10:           "999 KiB",
+		1000 << 10:          "1.0 MiB",
+		226 << 20:           "226 MiB",
+		1717986918:          "1.6 GiB",
+		5 << 40:             "5.0 TiB",
+		123_456 * (1 << 40): "123456 TiB",
+	} {
+		if got := Size(bytes); got != want {
+			t.Errorf("%d: %q, want %q", bytes, got, want)
+		}
+	}
+}
+
+func TestLink(t *testing.T) {
+	q := Query{Search: "a b&c", State: "away", Sort: "age", Refresh: 15}
+	if got := q.Link(); got != "?q=a+b%26c&refresh=15&sort=age&state=away" {
+		t.Errorf("link %s", got)
+	}
+	if got := q.With("near").Link(); got != "?q=a+b%26c&refresh=15&sort=age&state=near" {
+		t.Errorf("link to another state %s", got)
+	}
+	if got := q.All().Link(); got != "?refresh=15&sort=age" {
+		t.Errorf("link to everything %s", got)
 	}
 }

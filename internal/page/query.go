@@ -26,11 +26,13 @@ const refreshOffered = 15
 type Parameters struct {
 	// States are the values that state may have; nil: there is neither state nor search.
 	States []string
+	// Sorts are the values that sort may have; nil: there is no such parameter.
+	Sorts []string
 }
 
 // Query is what a request asks for, and how it is written in a link.
 type Query struct {
-	Search, State string
+	Search, State, Sort string
 	// Refresh is after how many seconds the browser asks again; zero means never.
 	Refresh int
 }
@@ -54,11 +56,17 @@ func (p Parameters) parse(raw string) (Query, error) {
 		return q, nil
 	}
 	q.Search, q.State = strings.TrimSpace(values.Get("q")), values.Get("state")
+	if p.Sorts != nil {
+		q.Sort = values.Get("sort")
+	}
 	if !utf8.ValidString(q.Search) || utf8.RuneCountInString(q.Search) > maxSearch {
 		return Query{}, fmt.Errorf("q: want UTF-8, at most %d characters", maxSearch)
 	}
 	if q.State != "" && !slices.Contains(p.States, q.State) {
 		return Query{}, fmt.Errorf("state: want one of %s", strings.Join(p.States, ", "))
+	}
+	if q.Sort != "" && !slices.Contains(p.Sorts, q.Sort) {
+		return Query{}, fmt.Errorf("sort: want one of %s", strings.Join(p.Sorts, ", "))
 	}
 	return q, nil
 }
@@ -72,6 +80,9 @@ func (q Query) Link() string {
 	if q.State != "" {
 		values.Set("state", q.State)
 	}
+	if q.Sort != "" {
+		values.Set("sort", q.Sort)
+	}
 	if q.Refresh > 0 {
 		values.Set("refresh", strconv.Itoa(q.Refresh))
 	}
@@ -84,8 +95,8 @@ func (q Query) With(state string) Query {
 	return q
 }
 
-// All returns the query for everything.
-func (q Query) All() Query { return Query{Refresh: q.Refresh} }
+// All returns the same query for everything.
+func (q Query) All() Query { return Query{Sort: q.Sort, Refresh: q.Refresh} }
 
 // Narrowed tells that not everything was asked for.
 func (q Query) Narrowed() bool { return q.Search != "" || q.State != "" }
@@ -130,3 +141,8 @@ func (s *Search) Put(values ...string) {
 
 // Has tells whether a word stands in one of the values.
 func (s *Search) Has(word []byte) bool { return bytes.Contains(s.hay, word) }
+
+// HasAll tells whether each word stands in one of the values.
+func (s *Search) HasAll() bool {
+	return !slices.ContainsFunc(s.Words, func(word []byte) bool { return !s.Has(word) })
+}

@@ -103,6 +103,24 @@ func ago(d time.Duration) string {
 	return age(d) + " ago"
 }
 
+// Size says how large something is, in bytes.
+func Size(bytes int) string {
+	if bytes < 1<<10 {
+		return strconv.Itoa(bytes) + " B"
+	}
+	size, unit := float64(bytes)/(1<<10), "KiB"
+	for _, next := range []string{"MiB", "GiB", "TiB"} {
+		if size < 1000 {
+			break
+		}
+		size, unit = size/(1<<10), next
+	}
+	if size < 9.95 {
+		return fmt.Sprintf("%.1f %s", size, unit)
+	}
+	return fmt.Sprintf("%.0f %s", size, unit)
+}
+
 // age says a span of time with the unit that a glance needs.
 func age(d time.Duration) string {
 	switch d = max(d, 0); {
@@ -125,7 +143,7 @@ func Count(n int, singular, plural string) string {
 }
 
 // Labels writes labels as name=value, sorted, as much as could be shown.
-func Labels(m map[string]string) Text {
+func Labels(m map[string]string) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(m)) {
 		if b.Len() > 0 {
@@ -136,5 +154,5 @@ func Labels(m map[string]string) Text {
 			break
 		}
 	}
-	return Short(b.String())
+	return b.String()
 }

@@ -230,7 +230,7 @@ func (p *proxyPage) section(rows *int, now time.Time, hits []hit, id, title, not
 func clientRowsOf(h hit, now time.Time, limit int) clientRows {
 	c := h.client
 	v := clientRows{
-		Name: page.Short(c.Name), Kind: kind(c.Kind), Remote: page.Short(c.Remote), Version: page.Short(c.Version), Labels: page.Labels(c.Labels),
+		Name: page.Short(c.Name), Kind: kind(c.Kind), Remote: page.Short(c.Remote), Version: page.Short(c.Version), Labels: page.Short(page.Labels(c.Labels)),
 		Connected: c.Connected, Goodbye: c.Goodbye,
 		Since: page.MomentOf(c.Since, now), Lines: lines(c.Lines, c.Busy),
 	}
