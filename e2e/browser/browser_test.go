@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -22,11 +23,12 @@ import (
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
 
+	gatewaypage "github.com/promferry/promferry/gateway/page"
 	"github.com/promferry/promferry/reverse/page"
 )
 
 // patience is how long a browser may take for one test. Only a failing one does.
-const patience = time.Minute
+const patience = 2 * time.Minute
 
 // chromium returns the path of the browser: what CHROMIUM_BIN names, or what `make tools`
 // or the system has.
@@ -194,6 +196,55 @@ func (b *tab) fits() {
 	}
 }
 
+// pale returns the texts of the page whose contrast is below what WCAG 2 asks for (4.5 to 1).
+const pale = `(() => {
+	const parse = (color) => color.match(/[\d.]+/g).map(Number);
+	const luminance = (rgb) => {
+		const [r, g, b] = rgb.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+		return .2126 * r + .7152 * g + .0722 * b;
+	};
+	const behind = (e) => {
+		for (; e; e = e.parentElement) {
+			const [r, g, b, alpha = 1] = parse(getComputedStyle(e).backgroundColor);
+			if (alpha > 0) return [r, g, b];
+		}
+		return [255, 255, 255];
+	};
+	const faults = new Set();
+	const look = (e, color, text) => {
+		const [a, b] = [luminance(parse(color).slice(0, 3)), luminance(behind(e))];
+		const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+		if (contrast < 4.5) faults.add(contrast.toFixed(2) + ': ' + text.trim().slice(0, 40));
+	};
+	for (const e of document.body.querySelectorAll('*')) {
+		if (!e.getClientRects().length) continue; // Not drawn.
+		for (const n of e.childNodes) {
+			if (n.nodeType == Node.TEXT_NODE && n.data.trim()) look(e, getComputedStyle(e).color, n.data);
+		}
+		if (e.placeholder) look(e, getComputedStyle(e, '::placeholder').color, e.placeholder);
+	}
+	return [...faults];
+})()`
+
+// unlabelled returns what a screen reader would have no name for.
+const unlabelled = `[
+	...[...document.querySelectorAll('input:not([type=hidden]), select')].filter(e => !e.labels.length),
+	...[...document.querySelectorAll('a, button, summary, h1, h2, thead th')].filter(e => !e.textContent.trim()),
+	...[...document.querySelectorAll('th')].filter(e => !e.scope),
+	...[...document.querySelectorAll('section')].filter(e => !document.getElementById(e.getAttribute('aria-labelledby'))),
+].map(e => e.outerHTML.slice(0, 80))`
+
+// accessible checks that texts stand out, and that everything has a name.
+func (b *tab) accessible() {
+	b.t.Helper()
+	for _, text := range value[[]string](b, pale) {
+		b.t.Errorf("contrast %s", text)
+	}
+	for _, element := range value[[]string](b, unlabelled) {
+		b.t.Errorf("no name: %s", element)
+	}
+}
+
 func serve(t *testing.T, handler http.Handler) string {
 	t.Helper()
 	server := httptest.NewServer(handler)
@@ -259,38 +310,47 @@ func TestProxyHostileSearch(t *testing.T) {
 }
 
 func TestScreens(t *testing.T) {
-	proxy := serve(t, page.Proxy(fleet))
-	agent := serve(t, page.Agent(agentOf))
-	b := open(t)
-	for _, screen := range []struct {
-		name   string
-		width  int64
-		scheme string
+	for _, site := range []struct {
+		name, title string
+		handler     http.Handler
+		// sections are the identifiers of headings to scroll to.
+		sections []string
 	}{
-		{"desktop-light", 1400, "light"},
-		{"desktop-dark", 1400, "dark"},
-		{"tablet", 800, "light"},
-		{"phone-light", 400, "light"},
-		{"phone-dark", 400, "dark"},
-		{"small-phone", 320, "light"},
+		{"agent", "web-001.fra1.example.org – promferry agent", page.Agent(agentOf), []string{"targets"}},
+		{"proxy", "promferry proxy", page.Proxy(fleet), []string{"doubtful", "away", "fine"}},
+		{"gateway", "promferry gateway", gatewaypage.Gateway(pushed), []string{"s-down"}},
 	} {
-		b.screen(screen.width, screen.scheme)
-		b.load(chromedp.Navigate(agent))
-		b.unharmed("web-001.fra1.example.org – promferry agent")
-		b.fits()
-		b.shoot("agent-" + screen.name)
-
-		b.load(chromedp.Navigate(proxy))
-		b.unharmed("promferry proxy")
-		b.fits()
-		b.shoot("proxy-" + screen.name)
-		for _, section := range []string{"doubtful", "away", "fine"} {
-			b.do(chromedp.Evaluate[chromedp.Void]("document.getElementById('" + section + "').scrollIntoView()"))
-			b.shoot("proxy-" + screen.name + "-" + section)
-		}
-		b.do(chromedp.Evaluate[chromedp.Void]("document.querySelector('details').open = true"), chromedp.Evaluate[chromedp.Void]("scrollTo(0, document.body.scrollHeight)"))
-		b.fits()
-		b.shoot("proxy-" + screen.name + "-end")
+		t.Run(site.name, func(t *testing.T) {
+			address := serve(t, site.handler)
+			b := open(t)
+			for _, screen := range []struct {
+				name   string
+				width  int64
+				scheme string
+			}{
+				{"desktop-light", 1400, "light"},
+				{"desktop-dark", 1400, "dark"},
+				{"tablet", 800, "light"},
+				{"phone-light", 400, "light"},
+				{"phone-dark", 400, "dark"},
+				{"small-phone", 320, "light"},
+			} {
+				name := site.name + "-" + screen.name
+				b.screen(screen.width, screen.scheme)
+				b.load(chromedp.Navigate(address))
+				b.unharmed(site.title)
+				b.fits()
+				b.shoot(name)
+				for _, section := range site.sections {
+					b.do(chromedp.Evaluate[chromedp.Void]("document.getElementById('" + section + "').scrollIntoView()"))
+					b.shoot(name + "-" + section)
+				}
+				b.do(chromedp.Evaluate[chromedp.Void]("document.querySelector('details').open = true"), chromedp.Evaluate[chromedp.Void]("scrollTo(0, document.body.scrollHeight)"))
+				b.fits()
+				b.accessible()
+				b.shoot(name + "-end")
+			}
+		})
 	}
 }
 
@@ -309,7 +369,7 @@ func TestDetects(t *testing.T) {
 			w.Header().Set("Content-Security-Policy", policy)
 		}
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		fmt.Fprint(w, "<!doctype html><title>careless</title><p>"+hostile[0])
+		fmt.Fprint(w, `<!doctype html><title>careless</title><p style="color: #888">pale<input placeholder="word">`+hostile[0])
 	}))
 	b := open(t)
 	b.load(chromedp.Navigate(address + "guarded"))
@@ -322,5 +382,11 @@ func TestDetects(t *testing.T) {
 	b.load(chromedp.Navigate(address))
 	if got := value[string](b, "document.title"); got != "owned" {
 		t.Errorf("title %q: the script of a careless page did not run", got)
+	}
+	if got := value[[]string](b, pale); !slices.Equal(got, []string{"3.54: pale"}) {
+		t.Errorf("pale %q", got)
+	}
+	if got := value[[]string](b, unlabelled); !slices.Equal(got, []string{`<input placeholder="word">`}) {
+		t.Errorf("without a name %q", got)
 	}
 }

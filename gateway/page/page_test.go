@@ -48,7 +48,9 @@ func every() []gateway.GroupStatus {
 	dead.Since, dead.Failed, dead.Failure = now.Add(-time.Second), now.Add(-4*time.Second), "too many series"
 	mended := group("mended", gateway.StateLive)
 	mended.Failed, mended.Failure, mended.ExpiresAfter = now.Add(-26*time.Hour), "no such label", 0
-	return []gateway.GroupStatus{live, mended, batch, dead, awaited, silent, broken, down, never}
+	unseen := group("unseen", gateway.StateSilent)
+	unseen.Since, unseen.Pushed = now.Add(-time.Minute), time.Time{} // Not since the gateway restarted.
+	return []gateway.GroupStatus{unseen, live, mended, batch, dead, awaited, silent, broken, down, never}
 }
 
 // jobs returns those of the groups on a page, by section.
@@ -74,13 +76,13 @@ func TestHeaders(t *testing.T) {
 
 func TestPage(t *testing.T) {
 	page := pagetest.Show(t, fixed(every()...), "/")
-	if got, want := jobs(page), "s-refused: broken dead never, s-silent: silent, s-down: down, s-awaited: awaited, s-live: batch live mended"; got != want {
+	if got, want := jobs(page), "s-refused: broken dead never, s-silent: silent unseen, s-down: down, s-awaited: awaited, s-live: batch live mended"; got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}
 	tiles := page.All(pagetest.Class("tiles"))[0].All(pagetest.Named("li"))
 	if got, want := pagetest.Saying(tiles), []string{
-		"3 refused 1 of them never taken", "2 silent no push in time", "1 down pushed as up 0", "1 awaited after a restart", "4 live served as pushed",
-		"9 groups 27 series, 2.7 KiB",
+		"3 refused 1 of them never taken", "3 silent no push in time", "1 down pushed as up 0", "1 awaited after a restart", "4 live served as pushed",
+		"10 groups 30 series, 2.9 KiB",
 	}; !slices.Equal(got, want) {
 		t.Errorf("counts %q\nwant %q", got, want)
 	}
@@ -94,6 +96,7 @@ func TestPage(t *testing.T) {
 		"awaited": {"awaited instance=web-1 awaited before the restart 45s 3 200 B"},
 		"down":    {"down instance=web-1 down for 3 h 12 s ago 45s 1 40 B"},
 		"silent":  {"silent instance=web-1 silent for 5 min 1 h ago 1h30m 3 200 B"},
+		"unseen":  {"unseen instance=web-1 silent for 1 min before the restart 45s 3 200 B"},
 		"never":   {"never refused never 0 0 B", "Last push refused 1 min ago: line 3: expected a value"},
 		"broken":  {"broken instance=web-1 live 12 s ago 45s 3 200 B", "Last push refused 2 s ago: a series comes twice"},
 		"dead":    {"dead instance=web-1 silent for 1 s 12 s ago 45s 3 200 B", "Last push refused 4 s ago: too many series"},
@@ -141,7 +144,7 @@ func TestStates(t *testing.T) {
 		"live":    "s-refused: broken, s-live: batch live mended",
 		"awaited": "s-awaited: awaited",
 		"down":    "s-down: down",
-		"silent":  "s-refused: dead, s-silent: silent",
+		"silent":  "s-refused: dead, s-silent: silent unseen",
 		"refused": "s-refused: broken dead never",
 	} {
 		page := pagetest.Show(t, h, "/?state="+state)
@@ -153,7 +156,7 @@ func TestStates(t *testing.T) {
 			t.Errorf("%s: current %q", state, pagetest.Saying(current))
 		}
 		// The numbers stay those of everything.
-		if got := page.All(pagetest.Class("tiles"))[0].Says(); !strings.Contains(got, "4 live") || !strings.Contains(got, "9 groups") {
+		if got := page.All(pagetest.Class("tiles"))[0].Says(); !strings.Contains(got, "4 live") || !strings.Contains(got, "10 groups") {
 			t.Errorf("%s: counts %s", state, got)
 		}
 	}
