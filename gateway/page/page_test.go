@@ -1,11 +1,13 @@
 package page
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -104,6 +106,11 @@ func TestPage(t *testing.T) {
 	} {
 		if !slices.Equal(rows[job], want) {
 			t.Errorf("rows %q\nwant %q", rows[job], want)
+		}
+	}
+	for _, body := range page.All(pagetest.Named("tbody")) {
+		if th, rows := body.All(pagetest.Class("group"))[0], len(body.All(pagetest.Named("tr"))); cmp.Or(th.Attrs["rowspan"], "1") != strconv.Itoa(rows) {
+			t.Errorf("%s spans %s of %d rows", th.Says(), th.Attrs["rowspan"], rows)
 		}
 	}
 	for _, th := range page.All(pagetest.Named("th")) {
@@ -242,13 +249,14 @@ func TestLimits(t *testing.T) {
 		query  string
 		want   []string // of each section: how many are shown, and what is said of the others
 	}{
-		"all refused":     {20_000, "", []string{"500 19500 more groups: narrow the search to see them."}},
-		"some refused":    {499, "", []string{"499", "1 19500 more groups: narrow the search to see them, or show this section alone."}},
-		"no room":         {500, "", []string{"500", "0 19500 more groups: narrow the search to see them, or show this section alone."}},
-		"one too many":    {501, "state=refused", []string{"500 1 more group: narrow the search to see them."}},
-		"one state":       {0, "state=live", []string{"500 19500 more groups: narrow the search to see them."}},
-		"sorted":          {0, "sort=size", []string{"500 19500 more groups: narrow the search to see them."}},
-		"narrowed enough": {0, "q=web-000", []string{"100"}},
+		"all refused":             {20_000, "", []string{"500 19500 more groups: narrow the search to see them."}},
+		"some refused":            {499, "", []string{"499", "1 19500 more groups: narrow the search to see them, or show this section alone."}},
+		"no room":                 {500, "", []string{"500", "0 19500 more groups: narrow the search to see them, or show this section alone."}},
+		"one too many":            {501, "state=refused", []string{"500 1 more group: narrow the search to see them."}},
+		"one state":               {0, "state=live", []string{"500 19500 more groups: narrow the search to see them."}},
+		"two sections of a state": {499, "state=live", []string{"499", "1 19500 more groups: narrow the search to see them."}},
+		"sorted":                  {0, "sort=size", []string{"500 19500 more groups: narrow the search to see them."}},
+		"narrowed enough":         {0, "q=web-000", []string{"100"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := pagetest.Get(t, fixed(many(test.failed, "short")...), "/?"+test.query)
@@ -271,7 +279,7 @@ func TestLimits(t *testing.T) {
 }
 
 func TestLongValues(t *testing.T) {
-	w := pagetest.Get(t, fixed(many(20_000, strings.Repeat("<n>", 1000))...), "/")
+	w := pagetest.Get(t, fixed(many(20_000, strings.Repeat("<n>", 400))...), "/")
 	// For each of 500 groups, label and failure are written twice: the text, and what the pointer
 	// shows, some 1,400 characters, of which two thirds are entities.
 	if size := w.Body.Len(); size > 5<<20 {

@@ -2,6 +2,8 @@
 package pagetest
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -106,7 +108,7 @@ func Saying(nodes []*Node) []string {
 func Get(t *testing.T, h http.Handler, target string) *httptest.ResponseRecorder {
 	t.Helper()
 	w := httptest.NewRecorder()
-	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, target, nil))
+	h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, target, nil))
 	return w
 }
 
@@ -181,8 +183,16 @@ func Guarded(t *testing.T, h http.Handler) *Node {
 	if got := Get(t, h, "/").Header().Get("Content-Type"); got != "text/html; charset=utf-8" {
 		t.Errorf("type %q", got)
 	}
-	// Not a single attribute is left for the policy to refuse.
 	page := Show(t, h, "/")
+	var style strings.Builder
+	for _, text := range page.All(Named("style"))[0].Children {
+		style.WriteString(text.Text)
+	}
+	sum := sha256.Sum256([]byte(style.String()))
+	if hash, csp := base64.StdEncoding.EncodeToString(sum[:]), Get(t, h, "/").Header().Get("Content-Security-Policy"); !strings.Contains(csp, "'sha256-"+hash+"'") {
+		t.Errorf("policy %q, want the hash %s of the style sheet in it", csp, hash)
+	}
+	// Not a single attribute is left for the policy to refuse.
 	if n := page.All(func(n *Node) bool { return n.Attrs["style"] != "" || n.Name == "script" }); len(n) > 0 {
 		t.Errorf("inline: %v", n)
 	}
