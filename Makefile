@@ -7,6 +7,7 @@ BIN   := $(TOOLS)/bin
 GOTESTSUM     := $(BIN)/gotestsum-v1.13.0
 GOLANGCI_LINT := $(BIN)/golangci-lint-v2.15.0
 NODE_EXPORTER := $(BIN)/node_exporter-v1.12.1
+EXPORTER      := $(if $(NODE_EXPORTER_BIN),,$(NODE_EXPORTER))
 
 # Build information, as `promferry --version` and promferry_build_info show it. The
 # date is the commit's, so that one commit makes one binary.
@@ -57,14 +58,14 @@ bench: build tools ## measure every figure that the README claims
 	@tools/programs.sh $(TOOLS) nginx
 	go run -tags bench ./bench
 
-demo: build tools ## the main job on this machine, until Ctrl-C
+demo: build $(EXPORTER) ## the main job on this machine, until Ctrl-C
 	@go build -buildvcs=false -o $(BIN)/demo ./e2e/demo
 	@$(BIN)/demo -promferry ./promferry
 
 image: ## build the container image and run it
 	docker/image.sh
 
-tools: $(if $(NODE_EXPORTER_BIN),,$(NODE_EXPORTER)) ## install the real programs that e2e, bench and demo run
+tools: $(EXPORTER) ## install the real programs that e2e and bench run
 	@tools/programs.sh $(TOOLS)
 
 clean: ## remove what the other targets made

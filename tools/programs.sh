@@ -1,6 +1,6 @@
 #!/bin/sh
-# Provides the real Prometheus and Pushgateway that the end-to-end tests, the
-# benchmarks and the demo run:
+# Provides the real Prometheus and Pushgateway that the end-to-end tests and the
+# benchmarks run:
 #
 #   tools/programs.sh DIR        (the Makefile passes .tools)
 #
