@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"io"
 	"net/http"
 	"regexp"
 	"strings"
@@ -62,6 +63,22 @@ func (g bootedGateway) push(t *testing.T) {
 // status finds the group of the push and that of the agent.
 func (g bootedGateway) status(t *testing.T) {
 	g.waitStatus(t, regexp.MustCompile(`^2 groups, 0 silent$`))
+}
+
+func (g bootedGateway) reload(t *testing.T) {
+	g.bootedNode.reload(t)
+	resp, err := g.get(t, g.url()+"/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := sum(text, "promferry_gateway_reloads_total", "outcome", "success"); err != nil || n != 1 {
+		t.Errorf("%v reloads, %v", n, err)
+	}
 }
 
 func (g bootedGateway) wrongSetting(t *testing.T) {
