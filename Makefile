@@ -31,6 +31,7 @@ test: $(GOTESTSUM) ## unit tests, with the race detector where there is a C comp
 	$(GOTESTSUM) --format pkgname-and-test-fails -- $(RACE) -timeout 5m ./...
 
 e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway, node_exporter, systemd
+	@tools/programs.sh $(TOOLS) nginx
 	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
 
 browser: $(GOTESTSUM) ## the web pages in a real Chromium; SCREENSHOTS=dir keeps what they look like

@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -20,16 +23,9 @@ import (
 func TestGatewayPair(t *testing.T) {
 	t.Parallel()
 	a, b := startGateway(t), startGateway(t)
-	p, err := real.Prometheus(t.Context(), t.TempDir(), fmt.Sprintf(`
-- job_name: gateway
-  honor_labels: true
-  http_sd_configs:
-    - {url: %q, refresh_interval: 1s}
-    - {url: %q, refresh_interval: 1s}
-  relabel_configs:
-    - source_labels: [__address__]
-      target_label: hub
-`, a.URL+"/sd", b.URL+"/sd"))
+	config := documented(t, "target_label: hub", "hub-a:9091", a.Addr, "hub-b:9091", b.Addr,
+		"scrape_configs:\n", "", "\n  ", "\n", "refresh_interval: 10s", "refresh_interval: 1s")
+	p, err := real.Prometheus(t.Context(), t.TempDir(), strings.TrimLeft(config, " "))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,6 +93,104 @@ func TestGatewayPair(t *testing.T) {
 			return fmt.Errorf("%v and %v", mine, others)
 		}
 		return nil
+	})
+}
+
+// TestGatewayFailover has an nginx in front of two gateways, as docs/gateway.md says, and a
+// Prometheus that knows nothing else. The first gateway is killed: the series go on.
+func TestGatewayFailover(t *testing.T) {
+	t.Parallel()
+	a, b := startGateway(t), startGateway(t)
+	address := refusing(t)
+	startNginx(t, documented(t, "upstream gateways", "hub-a:9091", a.Addr, "hub-b:9091", b.Addr, "listen 9090", "listen "+address+" reuseport"))
+	p, err := real.Prometheus(t.Context(), t.TempDir(), fmt.Sprintf(`
+- job_name: gateway
+  honor_labels: true
+  http_sd_configs: [{url: "http://%s/sd", refresh_interval: 1s}]
+`, address))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Kill)
+	node := startNode(t, newBatchHost(t, a.URL, b.URL))
+	const up = `up{job="node",instance="web-1"}`
+	waitQuery(t, p, up, exactly(1))
+
+	from := now(t, p)
+	a.Kill()
+	node.waitCycles(t, "node", 5)
+	to := now(t, p)
+	if gap := longestGap(t, p, `node_load1{job="node",instance="web-1"}`, from, to); gap > 3 {
+		t.Errorf("a gap of %.1f s", gap)
+	}
+	failed := slices.DeleteFunc(stored(t, p, up), func(s sampled) bool { return s.at < from || s.value == 1 })
+	if len(failed) > 1 { // The one that was answered when the gateway was killed.
+		t.Errorf("%d scrapes failed", len(failed))
+	}
+	node.stop(t)
+	waitQuery(t, p, up, exactly(0))
+	status, answer := send(t, http.MethodGet, "http://"+address+"/groups/job/node/instance/web-1/metrics", "", nil)
+	if status != http.StatusServiceUnavailable || !strings.Contains(answer, "is down since") {
+		t.Errorf("the target of a dead node answers %d: %s", status, answer)
+	}
+}
+
+// documented returns the example in docs/gateway.md that has a text in it, with others in place of
+// some of its words: old, new, old, new.
+func documented(t *testing.T, text string, oldnew ...string) string {
+	t.Helper()
+	root, err := real.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := os.ReadFile(filepath.Join(root, "docs", "gateway.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, after, ok := strings.Cut(string(doc), text)
+	if !ok {
+		t.Fatalf("docs/gateway.md has no %q", text)
+	}
+	before = before[strings.LastIndex(before, "```"):]
+	_, before, _ = strings.Cut(before, "\n") // without the name of the language
+	after, _, _ = strings.Cut(after, "```")
+	return strings.NewReplacer(oldnew...).Replace(before + text + after)
+}
+
+// startNginx starts an nginx with these upstreams and servers. It may not listen yet.
+func startNginx(t *testing.T, config string) {
+	t.Helper()
+	path, err := real.Find("nginx")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	name := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(name, []byte(`
+daemon off;
+master_process off;
+error_log stderr;
+pid nginx.pid;
+events {}
+http {
+access_log off;
+client_body_temp_path client;
+proxy_temp_path proxy;
+fastcgi_temp_path fastcgi;
+uwsgi_temp_path uwsgi;
+scgi_temp_path scgi;
+`+config+"}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	nginx, err := real.Start(real.Command{Path: path, Args: []string{"-p", dir, "-c", name, "-e", "stderr"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		nginx.Kill()
+		if t.Failed() {
+			t.Logf("nginx:\n%s", tail(nginx.Stderr(), 8<<10))
+		}
 	})
 }
 
