@@ -23,7 +23,8 @@ const short = 4
 
 // TestGatewayPair has two gateways side by side, an agent and batch jobs that push to both, and a
 // Prometheus that scrapes both as docs/gateway.md says. One of the two is killed for some seconds:
-// the other's series have no gap, and what a batch job pushes meanwhile is on both in the end.
+// the other's series have no gap, what it had it has again, and what a batch job pushes meanwhile
+// is on both in the end.
 func TestGatewayPair(t *testing.T) {
 	t.Parallel()
 	a, b := startGateway(t), startGateway(t)
@@ -47,6 +48,7 @@ func TestGatewayPair(t *testing.T) {
 		waitQuery(t, p, on(g, "node_load1", labels), above(-1))
 	}
 
+	host.mustFerry(t, "run", "--job=before", "--", "true")
 	from := now(t, p)
 	a.Kill()
 	waitQuery(t, p, on(a, "up", labels), exactly(0))
@@ -57,6 +59,9 @@ func TestGatewayPair(t *testing.T) {
 	node.waitCycles(t, "node", 8)
 	if err := a.Restart(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	if before, err := group(t.Context(), a, jobLabels("before")); err != nil || value(before, "batch_job_last_success") != "1" {
+		t.Errorf("what it had is %v, %v", before, err)
 	}
 	waitQuery(t, p, on(a, "up", labels), exactly(1))
 	waitQuery(t, p, on(a, "batch_job_last_success", pushed("meanwhile")), exactly(1))

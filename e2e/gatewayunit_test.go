@@ -41,6 +41,9 @@ func TestGatewayUnderSystemd(t *testing.T) {
 	t.Run("stop", g.stop)
 }
 
+// gatewayStopBudget is what the gateway promises to end within.
+const gatewayStopBudget = 20 * time.Second
+
 // A bootedGateway is a booted node that is about its gateway.
 type bootedGateway struct{ bootedNode }
 
@@ -67,6 +70,22 @@ func (g bootedGateway) status(t *testing.T) {
 
 func (g bootedGateway) reload(t *testing.T) {
 	g.bootedNode.reload(t)
+	if n, err := sum(g.page(t), "promferry_gateway_reloads_total", "outcome", "success"); err != nil || n != 1 {
+		t.Errorf("%v reloads, %v", n, err)
+	}
+}
+
+// crash loses nothing that was answered.
+func (g bootedGateway) crash(t *testing.T) {
+	g.bootedNode.crash(t)
+	if size, err := sum(g.page(t), "backup_size_bytes", "job", "backup"); err != nil || size != 42 {
+		t.Errorf("what was pushed before is %v, %v", size, err)
+	}
+}
+
+// page returns the page with all groups.
+func (g bootedGateway) page(t *testing.T) []byte {
+	t.Helper()
 	resp, err := g.get(t, g.url()+"/metrics")
 	if err != nil {
 		t.Fatal(err)
@@ -76,9 +95,7 @@ func (g bootedGateway) reload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, err := sum(text, "promferry_gateway_reloads_total", "outcome", "success"); err != nil || n != 1 {
-		t.Errorf("%v reloads, %v", n, err)
-	}
+	return text
 }
 
 func (g bootedGateway) wrongSetting(t *testing.T) {
@@ -114,7 +131,7 @@ func (g bootedGateway) stop(t *testing.T) {
 	g.waitForwards(t, time.Now())
 	begin := time.Now()
 	g.MustRun(t, "systemctl", "stop", g.unit())
-	if took := time.Since(begin); took > 5*time.Second { // Of requests in flight there are but short ones.
+	if took := time.Since(begin); took > gatewayStopBudget {
 		t.Errorf("stop took %v", took)
 	}
 	for property, want := range map[string]string{
