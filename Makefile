@@ -7,6 +7,7 @@ BIN   := $(TOOLS)/bin
 GOTESTSUM     := $(BIN)/gotestsum-v1.13.0
 GOLANGCI_LINT := $(BIN)/golangci-lint-v2.15.0
 NODE_EXPORTER := $(BIN)/node_exporter-v1.12.1
+EXPORTER      := $(if $(NODE_EXPORTER_BIN),,$(NODE_EXPORTER))
 
 # Build information, as `promferry --version` and promferry_build_info show it. The
 # date is the commit's, so that one commit makes one binary.
@@ -30,6 +31,7 @@ test: $(GOTESTSUM) ## unit tests, with the race detector where there is a C comp
 	$(GOTESTSUM) --format pkgname-and-test-fails -- $(RACE) -timeout 5m ./...
 
 e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway, node_exporter, systemd
+	@tools/programs.sh $(TOOLS) nginx
 	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
 
 browser: $(GOTESTSUM) ## the web pages in a real Chromium; SCREENSHOTS=dir keeps what they look like
@@ -57,14 +59,14 @@ bench: build tools ## measure every figure that the README claims
 	@tools/programs.sh $(TOOLS) nginx
 	go run -tags bench ./bench
 
-demo: build tools ## the main job on this machine, until Ctrl-C
+demo: build $(EXPORTER) ## the main job on this machine, until Ctrl-C
 	@go build -buildvcs=false -o $(BIN)/demo ./e2e/demo
 	@$(BIN)/demo -promferry ./promferry
 
 image: ## build the container image and run it
 	docker/image.sh
 
-tools: $(if $(NODE_EXPORTER_BIN),,$(NODE_EXPORTER)) ## install the real programs that e2e, bench and demo run
+tools: $(EXPORTER) ## install the real programs that e2e and bench run
 	@tools/programs.sh $(TOOLS)
 
 clean: ## remove what the other targets made

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Builds the container image and runs it for real: `agent` in a container forwards
-# from a node_exporter to a Pushgateway, and says goodbye when it is stopped. Leaves
-# the image in dist/promferry-image.tar, for `podman load` or `docker load`.
+# from a node_exporter to `gateway` in another, and says goodbye when it is stopped;
+# then it is scraped through `proxy`. Leaves the image in dist/promferry-image.tar, for
+# `podman load` or `docker load`.
 #
 # Needs root and Debian's podman, which it installs. Containers, images and networks
 # of this machine are neither used nor touched: all of it happens in namespaces and a
@@ -57,8 +58,7 @@ if [ "${1:-}" != --inside ]; then
   # With the namespace of processes all of them end, whatever happens inside.
   unshare --net --pid --fork --kill-child --mount-proc \
     bash docker/image.sh --inside "$work" "$cgroup" \
-    "$(program NODE_EXPORTER_BIN node_exporter prometheus-node-exporter)" \
-    "$(program PUSHGATEWAY_BIN pushgateway prometheus-pushgateway)" &
+    "$(program NODE_EXPORTER_BIN node_exporter prometheus-node-exporter)" &
   inside=$!
   status=0
   wait "$inside" || status=$?
@@ -66,7 +66,7 @@ if [ "${1:-}" != --inside ]; then
   exit "$status"
 fi
 
-work=$2 cgroup=$3 node_exporter=$4 pushgateway=$5
+work=$2 cgroup=$3 node_exporter=$4
 image=localhost/promferry
 
 # What podman keeps outside of the directories that it is told.
@@ -113,7 +113,7 @@ eventually() { # eventually SECONDS COMMAND...
   done
 }
 
-series() { # series NAME: the value of the node's series in the Pushgateway, if it is there
+series() { # series NAME: the value of the node's series in the gateway, if it is there
   {
     exec 3<>/dev/tcp/127.0.0.1/9091 || return
     printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3
@@ -125,7 +125,7 @@ series() { # series NAME: the value of the node's series in the Pushgateway, if 
 forwards() { [ "$(series up)" = 1 ] && [ -n "$(series node_load1)" ]; }
 
 # Build.
-mkdir -p "$work"/context/state/promferry-{agent,proxy}
+mkdir -p "$work"/context/state/promferry-{agent,gateway,proxy}
 chmod 0700 "$work"/context/state/*
 cp promferry /etc/ssl/certs/ca-certificates.crt "$work/context/"
 podman build --quiet --tag "$image" --file docker/Dockerfile \
@@ -144,22 +144,25 @@ esac
 
 ip link set lo up
 "$node_exporter" --web.listen-address=127.0.0.1:9100 2>"$work/node_exporter.log" &
-"$pushgateway" --web.listen-address=127.0.0.1:9091 2>"$work/pushgateway.log" &
+"${run[@]}" --detach --name gateway --stop-timeout 30 -v promferry-gateway:/var/lib/promferry-gateway "$image" gateway >/dev/null
 "${run[@]}" --detach --name agent --stop-timeout 30 -v promferry-state:/var/lib/promferry-agent \
   -e PROMFERRY_INSTANCE=box-1 -e PROMFERRY_PUSH_INTERVAL=1s "$image" >/dev/null
 if ! eventually 20 forwards; then
   podman logs agent >&2
-  fail "nothing arrives in the Pushgateway"
+  podman logs gateway >&2
+  fail "nothing arrives in the gateway"
 fi
 check "up" "$(series up)" 1
 echo "ok: node_load1 is $(series node_load1)"
 
-pid=$(podman inspect --format '{{.State.Pid}}' agent)
 status() { awk -v name="$1:" '$1 == name { print $2 }' "/proc/$pid/status"; }
-check "the user" "$(status Uid):$(status Gid)" 65532:65532
-check "CapBnd" "$(status CapBnd)" 0000000000000000
-check "the state directory" "$(stat -c '%u:%g %a' "/proc/$pid/root/var/lib/promferry-agent")" "65532:65532 700"
-[ -s "/proc/$pid/root/var/lib/promferry-agent/agent.pid" ] || fail "no lock file in the state directory"
+for role in agent gateway; do
+  pid=$(podman inspect --format '{{.State.Pid}}' $role)
+  check "the $role's user" "$(status Uid):$(status Gid)" 65532:65532
+  check "its CapBnd" "$(status CapBnd)" 0000000000000000
+  check "its state directory" "$(stat -c '%u:%g %a' "/proc/$pid/root/var/lib/promferry-$role")" "65532:65532 700"
+  [ -s "/proc/$pid/root/var/lib/promferry-$role/$role.pid" ] || fail "no lock file in the $role's state directory"
+done
 cmp "/proc/$pid/root/etc/ssl/certs/ca-certificates.crt" /etc/ssl/certs/ca-certificates.crt
 check "the CA bundle" "$(grep -c 'BEGIN CERTIFICATE' "/proc/$pid/root/etc/ssl/certs/ca-certificates.crt") certificates" \
   "$(grep -c 'BEGIN CERTIFICATE' /etc/ssl/certs/ca-certificates.crt) certificates"
@@ -169,7 +172,9 @@ podman stop agent >/dev/null
 check "the exit status after SIGTERM" "$(podman inspect --format '{{.State.ExitCode}}' agent)" 0
 check "up after it" "$(series up)" 0
 check "node_load1 after it" "$(series node_load1)" ""
-podman rm --volumes agent >/dev/null
+podman stop gateway >/dev/null
+check "the gateway's exit status after SIGTERM" "$(podman inspect --format '{{.State.ExitCode}}' gateway)" 0
+podman rm --volumes agent gateway >/dev/null
 
 # The proxy, and an agent that it scrapes.
 scraped() { # by way of the proxy

@@ -8,47 +8,18 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
-
-	"github.com/promferry/promferry/e2e/real"
 )
 
 const expireUnit = "promferry-expire.service"
 
 // TestExpireUnderSystemd has `promferry expire` as a unit next to a Pushgateway, in a booted systemd.
 func TestExpireUnderSystemd(t *testing.T) {
-	n := bootNode(t)
-	root, err := real.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.CopyFile(t, "/usr/lib/systemd/system/"+expireUnit, filepath.Join(root, "systemd", expireUnit), 0o644)
-	n.CopyFile(t, "/etc/default/promferry-expire", filepath.Join(root, "systemd", "promferry-expire.default"), 0o644)
-
-	if out, err := n.Run(t, "systemd-analyze", "verify", expireUnit); err != nil || out != "" {
-		t.Errorf("verify: %v: %s", err, out)
-	}
-	if out, err := n.Run(t, "systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20", expireUnit); err != nil {
-		t.Errorf("security: %v\n%s", err, out)
-	}
-	example, err := os.ReadFile(n.Path("/etc/default/promferry-expire"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	help := n.MustRun(t, "promferry", "expire", "--help")
-	names := regexp.MustCompile(`(?m)^#(PROMFERRY_\w+)=`).FindAllStringSubmatch(string(example), -1)
-	if len(names) == 0 {
-		t.Error("no settings found in the example")
-	}
-	for _, name := range names {
-		if !regexp.MustCompile(name[1] + `\b`).MatchString(help) {
-			t.Errorf("the example has %s, the help has not", name[1])
-		}
-	}
+	n := bootNode(t).install(t, "expire")
+	n.unitVerifies(t)
+	n.unitIsHardened(t)
+	n.exampleSettingsExist(t)
 
 	n.WriteFile(t, "/etc/default/promferry-expire", []byte("PROMFERRY_SWEEP_INTERVAL=1s\n"), 0o644)
 	n.MustRun(t, "systemctl", "enable", "--now", expireUnit)

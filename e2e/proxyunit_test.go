@@ -8,47 +8,18 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
-
-	"github.com/promferry/promferry/e2e/real"
 )
 
 const proxyUnit = "promferry-proxy.service"
 
 // TestProxyUnderSystemd has the proxy and an agent as units in one booted systemd.
 func TestProxyUnderSystemd(t *testing.T) {
-	n := bootNode(t)
-	root, err := real.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.CopyFile(t, "/usr/lib/systemd/system/"+proxyUnit, filepath.Join(root, "systemd", proxyUnit), 0o644)
-	n.CopyFile(t, "/etc/default/promferry-proxy", filepath.Join(root, "systemd", "promferry-proxy.default"), 0o644)
-
-	if out, err := n.Run(t, "systemd-analyze", "verify", proxyUnit); err != nil || out != "" {
-		t.Errorf("verify: %v: %s", err, out)
-	}
-	if out, err := n.Run(t, "systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20", proxyUnit); err != nil {
-		t.Errorf("security: %v\n%s", err, out)
-	}
-	example, err := os.ReadFile(n.Path("/etc/default/promferry-proxy"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	help := n.MustRun(t, "promferry", "proxy", "--help")
-	names := regexp.MustCompile(`(?m)^#(PROMFERRY_\w+)=`).FindAllStringSubmatch(string(example), -1)
-	if len(names) == 0 {
-		t.Error("no settings found in the example")
-	}
-	for _, name := range names {
-		if !regexp.MustCompile(name[1] + `\b`).MatchString(help) {
-			t.Errorf("the example has %s, the help has not", name[1])
-		}
-	}
+	n := bootNode(t).install(t, "proxy")
+	n.unitVerifies(t)
+	n.unitIsHardened(t)
+	n.exampleSettingsExist(t)
 
 	n.MustRun(t, "systemctl", "enable", "--now", proxyUnit)
 	n.WriteFile(t, "/etc/default/promferry-agent", []byte("PROMFERRY_PROXY_URLS=http://127.0.0.1:8080\nPROMFERRY_FQDN=web-1\nPROMFERRY_INSTANCE=web-1\n"), 0o644)

@@ -56,23 +56,27 @@ const (
 )
 
 // A bootedNode is a box that has promferry installed as a package would, and runs a
-// node_exporter and a Pushgateway.
-type bootedNode struct{ *systemdbox.Box }
+// node_exporter and a Pushgateway. Its methods are about one unit of promferry's.
+type bootedNode struct {
+	*systemdbox.Box
+	role string // agent, proxy and so on
+}
+
+func (n bootedNode) unit() string { return "promferry-" + n.role + ".service" }
+
+// url is where the unit itself listens.
+func (n bootedNode) url() string {
+	return map[string]string{"agent": "http://127.0.0.1:9099", "gateway": boxGateway}[n.role]
+}
 
 func bootNode(t *testing.T) bootedNode {
 	t.Helper()
-	root, err := real.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
 	promferry, err := real.Promferry(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := bootedNode{systemdbox.Boot(t)}
+	n := bootedNode{Box: systemdbox.Boot(t)}.install(t, "agent")
 	n.CopyFile(t, "/usr/bin/promferry", promferry, 0o755)
-	n.CopyFile(t, "/usr/lib/systemd/system/"+agentUnit, filepath.Join(root, "systemd", agentUnit), 0o644)
-	n.CopyFile(t, "/etc/default/promferry-agent", filepath.Join(root, "systemd", "promferry-agent.default"), 0o644)
 	for _, program := range []string{"node_exporter", "pushgateway"} {
 		path, err := real.Find(program)
 		if err != nil {
@@ -83,10 +87,23 @@ func bootNode(t *testing.T) bootedNode {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			out, _ := n.Run(t, "journalctl", "--no-pager", "--lines=200", "--unit=promferry-agent*")
-			t.Log("journal of promferry-agent*:\n" + out)
+			out, _ := n.Run(t, "journalctl", "--no-pager", "--lines=200", "--unit=promferry-*")
+			t.Log("journal of promferry-*:\n" + out)
 		}
 	})
+	return n
+}
+
+// install copies the unit of a role and its example settings, as they are shipped.
+func (n bootedNode) install(t *testing.T, role string) bootedNode {
+	t.Helper()
+	root, err := real.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.role = role
+	n.CopyFile(t, "/usr/lib/systemd/system/"+n.unit(), filepath.Join(root, "systemd", n.unit()), 0o644)
+	n.CopyFile(t, "/etc/default/promferry-"+role, filepath.Join(root, "systemd", "promferry-"+role+".default"), 0o644)
 	return n
 }
 
@@ -100,25 +117,25 @@ func (n bootedNode) service(t *testing.T, name, program string, args ...string) 
 
 func (n bootedNode) unitVerifies(t *testing.T) {
 	// The status is 0 even for an unknown key: only the silence counts.
-	out, err := n.Run(t, "systemd-analyze", "verify", agentUnit)
+	out, err := n.Run(t, "systemd-analyze", "verify", n.unit())
 	if err != nil || out != "" {
 		t.Errorf("%v: %s", err, out)
 	}
 }
 
 func (n bootedNode) unitIsHardened(t *testing.T) {
-	out, err := n.Run(t, "systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20", agentUnit)
+	out, err := n.Run(t, "systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20", n.unit())
 	if err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
 
 func (n bootedNode) exampleSettingsExist(t *testing.T) {
-	example, err := os.ReadFile(n.Path("/etc/default/promferry-agent"))
+	example, err := os.ReadFile(n.Path("/etc/default/promferry-" + n.role))
 	if err != nil {
 		t.Fatal(err)
 	}
-	help := n.MustRun(t, "promferry", "agent", "--help")
+	help := n.MustRun(t, "promferry", n.role, "--help")
 	names := regexp.MustCompile(`(?m)^#(PROMFERRY_\w+)=`).FindAllStringSubmatch(string(example), -1)
 	if len(names) == 0 {
 		t.Error("no settings found in the example")
@@ -130,13 +147,13 @@ func (n bootedNode) exampleSettingsExist(t *testing.T) {
 	}
 }
 
-// activeWhenReady finds the agent ready, without waiting, when systemd says it started.
+// activeWhenReady finds the unit ready, without waiting, when systemd says it started.
 func (n bootedNode) activeWhenReady(t *testing.T) {
-	n.MustRun(t, "systemctl", "enable", "--now", agentUnit)
-	if got := n.Show(t, agentUnit, "ActiveState"); got != "active" {
+	n.MustRun(t, "systemctl", "enable", "--now", n.unit())
+	if got := n.Show(t, n.unit(), "ActiveState"); got != "active" {
 		t.Errorf("ActiveState = %s, want active", got)
 	}
-	resp, err := n.get(t, "http://127.0.0.1:9099/-/ready")
+	resp, err := n.get(t, n.url()+"/-/ready")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +162,7 @@ func (n bootedNode) activeWhenReady(t *testing.T) {
 		t.Errorf("ready: status %d", resp.StatusCode)
 	}
 	for property, want := range map[string]string{"UnitFileState": "enabled", "WatchdogUSec": "1min"} {
-		if got := n.Show(t, agentUnit, property); got != want {
+		if got := n.Show(t, n.unit(), property); got != want {
 			t.Errorf("%s = %s, want %s", property, got, want)
 		}
 	}
@@ -157,7 +174,7 @@ func (n bootedNode) forwards(t *testing.T) {
 }
 
 func (n bootedNode) sandboxInForce(t *testing.T) {
-	pid := n.Show(t, agentUnit, "MainPID")
+	pid := n.Show(t, n.unit(), "MainPID")
 	proc := n.Path("/proc/" + pid)
 
 	status := procStatus(t, proc)
@@ -203,7 +220,7 @@ func (n bootedNode) sandboxInForce(t *testing.T) {
 		}
 	}
 
-	const state = "/var/lib/private/promferry-agent"
+	state := "/var/lib/private/promferry-" + n.role
 	info, err := os.Stat(n.Path(state))
 	if err != nil {
 		t.Fatal(err)
@@ -211,7 +228,7 @@ func (n bootedNode) sandboxInForce(t *testing.T) {
 	if owner := info.Sys().(*syscall.Stat_t).Uid; info.Mode().Perm() != 0o700 || int(owner) != uid {
 		t.Errorf("state directory: mode %v, owner %d, want -rwx------ and %d", info.Mode().Perm(), owner, uid)
 	}
-	lock, err := os.ReadFile(n.Path(state + "/agent.pid"))
+	lock, err := os.ReadFile(n.Path(state + "/" + n.role + ".pid"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,17 +238,17 @@ func (n bootedNode) sandboxInForce(t *testing.T) {
 }
 
 func (n bootedNode) reload(t *testing.T) {
-	pid := n.Show(t, agentUnit, "MainPID")
-	n.MustRun(t, "systemctl", "reload", agentUnit)
+	pid := n.Show(t, n.unit(), "MainPID")
+	n.MustRun(t, "systemctl", "reload", n.unit())
 	// The unit may be "reloading" for a moment more: kill(1) has returned, READY=1 has
 	// not come.
 	n.until(t, 5*time.Second, func(context.Context) error {
-		if got := n.Show(t, agentUnit, "ActiveState"); got != "active" {
+		if got := n.Show(t, n.unit(), "ActiveState"); got != "active" {
 			return fmt.Errorf("ActiveState = %s", got)
 		}
 		return nil
 	})
-	if got := n.Show(t, agentUnit, "MainPID"); got != pid {
+	if got := n.Show(t, n.unit(), "MainPID"); got != pid {
 		t.Errorf("MainPID = %s after the reload, want %s", got, pid)
 	}
 	n.waitForwards(t, time.Now())
@@ -259,45 +276,45 @@ func (n bootedNode) secondAgent(t *testing.T) {
 	n.waitForwards(t, time.Now())
 }
 
-// crash ends the agent in ways that it does not see coming. SIGABRT is how the Go
+// crash ends the unit's process in ways that it does not see coming. SIGABRT is how the Go
 // runtime ends after a panic.
 func (n bootedNode) crash(t *testing.T) {
 	for _, signal := range []string{"KILL", "ABRT", "SEGV"} {
 		t.Run(signal, func(t *testing.T) {
-			pid := n.Show(t, agentUnit, "MainPID")
-			n.MustRun(t, "systemctl", "kill", "--kill-whom=main", "--signal="+signal, agentUnit)
+			pid := n.Show(t, n.unit(), "MainPID")
+			n.MustRun(t, "systemctl", "kill", "--kill-whom=main", "--signal="+signal, n.unit())
 			n.waitRestarted(t, pid)
 			n.waitForwards(t, time.Now())
 		})
 	}
 }
 
-// watchdog stops the agent's process, which then lives, holds its lock, and does
+// watchdog stops the unit's process, which then lives, holds its lock, and does
 // nothing.
 func (n bootedNode) watchdog(t *testing.T) {
 	n.override(t, "WatchdogSec=2s")
-	n.MustRun(t, "systemctl", "restart", agentUnit)
-	pid := n.Show(t, agentUnit, "MainPID")
+	n.MustRun(t, "systemctl", "restart", n.unit())
+	pid := n.Show(t, n.unit(), "MainPID")
 
 	const fed = "WatchdogTimestampMonotonic"
 	for range 2 { // the start counts as the first time
-		before := n.Show(t, agentUnit, fed)
+		before := n.Show(t, n.unit(), fed)
 		n.until(t, 5*time.Second, func(context.Context) error {
-			if n.Show(t, agentUnit, fed) == before {
+			if n.Show(t, n.unit(), fed) == before {
 				return errors.New("the watchdog has not been fed")
 			}
 			return nil
 		})
 	}
-	if got := n.Show(t, agentUnit, "MainPID"); got != pid {
-		t.Fatalf("the agent was restarted, MainPID %s to %s", pid, got)
+	if got := n.Show(t, n.unit(), "MainPID"); got != pid {
+		t.Fatalf("it was restarted, MainPID %s to %s", pid, got)
 	}
 
-	n.MustRun(t, "systemctl", "kill", "--kill-whom=main", "--signal=STOP", agentUnit)
+	n.MustRun(t, "systemctl", "kill", "--kill-whom=main", "--signal=STOP", n.unit())
 	n.waitRestarted(t, pid)
 	n.until(t, 5*time.Second, func(context.Context) error {
 		// Result itself starts anew with the unit.
-		_, err := n.Run(t, "journalctl", "--quiet", "--output=cat", "--grep=.", "--unit="+agentUnit, "UNIT_RESULT=watchdog")
+		_, err := n.Run(t, "journalctl", "--quiet", "--output=cat", "--grep=.", "--unit="+n.unit(), "UNIT_RESULT=watchdog")
 		return err
 	})
 	n.waitForwards(t, time.Now())
@@ -382,7 +399,7 @@ func (n bootedNode) waitLog(t *testing.T, unit string, re *regexp.Regexp) {
 // force when the unit is started next.
 func (n bootedNode) override(t *testing.T, settings ...string) {
 	t.Helper()
-	const name = "/etc/systemd/system/promferry-agent.service.d/zz-override.conf"
+	name := "/etc/systemd/system/" + n.unit() + ".d/zz-override.conf"
 	n.WriteFile(t, name, []byte("[Service]\n"+strings.Join(settings, "\n")+"\n"), 0o644)
 	n.MustRun(t, "systemctl", "daemon-reload")
 	t.Cleanup(func() {
@@ -409,12 +426,12 @@ func (n bootedNode) refused(t *testing.T, unit string, status int) {
 	}
 }
 
-// waitRestarted waits until the agent is active as another process than pid.
+// waitRestarted waits until the unit is active as another process than pid.
 func (n bootedNode) waitRestarted(t *testing.T, pid string) {
 	t.Helper()
 	n.until(t, 15*time.Second, func(context.Context) error {
 		// Both of one moment.
-		now := n.MustRun(t, "systemctl", "show", "--property=ActiveState,MainPID", agentUnit)
+		now := n.MustRun(t, "systemctl", "show", "--property=ActiveState,MainPID", n.unit())
 		if !strings.Contains(now, "ActiveState=active\n") || strings.Contains(now, "MainPID="+pid+"\n") {
 			return fmt.Errorf("not restarted: MainPID was %s, now %s", pid, strings.ReplaceAll(now, "\n", " "))
 		}
@@ -422,11 +439,11 @@ func (n bootedNode) waitRestarted(t *testing.T, pid string) {
 	})
 }
 
-// waitStatus waits until the agent's STATUS= matches.
+// waitStatus waits until the unit's STATUS= matches.
 func (n bootedNode) waitStatus(t *testing.T, re *regexp.Regexp) {
 	t.Helper()
-	n.until(t, 5*time.Second, func(context.Context) error {
-		if text := n.Show(t, agentUnit, "StatusText"); !re.MatchString(text) {
+	n.until(t, 15*time.Second, func(context.Context) error {
+		if text := n.Show(t, n.unit(), "StatusText"); !re.MatchString(text) {
 			return fmt.Errorf("StatusText is %q, want a match for %q", text, re)
 		}
 		return nil

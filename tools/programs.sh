@@ -1,6 +1,6 @@
 #!/bin/sh
-# Provides the real Prometheus and Pushgateway that the end-to-end tests, the
-# benchmarks and the demo run:
+# Provides the real Prometheus and Pushgateway that the end-to-end tests and the
+# benchmarks run:
 #
 #   tools/programs.sh DIR        (the Makefile passes .tools)
 #
@@ -12,7 +12,7 @@
 #
 # node_exporter is a Go module, which the Makefile installs; `tools/programs.sh DIR
 # node_exporter` fetches Debian's instead, for a machine that cannot build it.
-# `tools/programs.sh DIR shellcheck` is for lint, nginx for the benchmarks, and chromium for
+# `tools/programs.sh DIR shellcheck` is for lint, nginx for tests and benchmarks, and chromium for
 # the tests that look at the web pages. A browser comes with the libraries that the machine
 # has not and with a font, below DIR/chromium: some 100 MB.
 set -eu
