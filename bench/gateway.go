@@ -234,11 +234,8 @@ func comparePuts(ctx context.Context, promferry string, scale gatewayScale, text
 	}
 	// To fill a checked one takes hours. So it takes over what an unchecked one had.
 	for _, f := range unchecked {
-		if err := errors.Join(f.Signal(syscall.SIGCONT), f.Stop()); err != nil {
-			return err
-		}
 		c := &filled{name: checkedGateway, groups: f.groups, e: e}
-		if c.Server, err = startPushgateway(ctx, measuredCore, f.file); err != nil {
+		if c.Server, err = heir(ctx, f); err != nil {
 			return err
 		}
 		all = append(all, c)
@@ -250,6 +247,23 @@ func comparePuts(ctx context.Context, promferry string, scale gatewayScale, text
 	fmt.Printf("Puts of %v, other values each time, over %d connections; %d rounds of %v, all of which count, with all garbage that was collected in them:\n",
 		e, putCallers, scale.rounds, scale.window)
 	return printPuts(all, scale)
+}
+
+// heir ends a Pushgateway, and starts a checked one that has its groups. Both takes a while.
+func heir(ctx context.Context, f *filled) (*real.Server, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	if err := errors.Join(f.Signal(syscall.SIGCONT), f.Signal(syscall.SIGTERM)); err != nil {
+		return nil, err
+	}
+	status, err := f.Wait(ctx)
+	if err == nil && status != 0 {
+		err = fmt.Errorf("%s ended with status %d: %s", f.name, status, f.Stderr())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return startPushgateway(ctx, measuredCore, f.file)
 }
 
 func checkedPuts(scale gatewayScale, groups int) int {
