@@ -251,7 +251,7 @@ func comparePuts(ctx context.Context, promferry string, scale gatewayScale, text
 
 // heir ends a Pushgateway, and starts a checked one that has its groups. Both takes a while.
 func heir(ctx context.Context, f *filled) (*real.Server, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	if err := errors.Join(f.Signal(syscall.SIGCONT), f.Signal(syscall.SIGTERM)); err != nil {
 		return nil, err

@@ -363,6 +363,13 @@ func printFleet(scale gatewayScale, e *expositions, our, their fleetLoad, restin
 	if err := endTable(t); err != nil {
 		return err
 	}
+	for _, l := range []fleetLoad{our, their} {
+		for _, what := range outcomes(l.puts) {
+			if what != taken {
+				fmt.Printf("%s: %d times %v\n", l.name, count(l.puts, what), what)
+			}
+		}
+	}
 	fmt.Printf("The Pushgateway when it was just filled, with one put for each group, and left alone for %v: %.0f MiB.\n"+
 		"Times are from when a put was due. Memory is the median of the later half of the time.\n", settled, mib(resting))
 	var asked verdicts
