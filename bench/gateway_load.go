@@ -254,6 +254,8 @@ func (c *caller) once(ctx context.Context, request []byte) (a answer, err error)
 	if err := c.conn.SetDeadline(time.Now().Add(c.timeout)); err != nil {
 		return a, err
 	}
+	conn := c.conn
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })() // A checked Pushgateway may take minutes.
 	if _, err := c.conn.Write(request); err != nil {
 		return a, err
 	}
