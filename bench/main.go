@@ -1,10 +1,11 @@
 //go:build bench
 
 // Command bench measures the figures that the README claims, as ratios against real
-// programs in one run. It judges nothing: machines differ. Servers run on one core, what
+// programs in one run. It fails for no figure: machines differ. Servers run on one core, what
 // is measured on another; rounds alternate; medians are printed. The arguments name the
 // parts to measure, out of forward, batch, add, open, deliver, expire, and pull-load, pull-memory,
-// pull-far, pull-large and pull-unknown, which are pull together; without any it is all of them.
+// pull-far, pull-large and pull-unknown, which are pull together, and gateway-puts, gateway-fleet,
+// gateway-scrapes and gateway-batch, which are gateway; without any it is all of them.
 package main
 
 import (
@@ -73,6 +74,10 @@ func run(ctx context.Context, only []string) error {
 		{"pull-large", pullLarge},
 		{"pull-unknown", pullUnknown},
 		{"expire", expire},
+		{"gateway-puts", gatewayPuts},
+		{"gateway-fleet", gatewayFleet},
+		{"gateway-scrapes", gatewayScrapes},
+		{"gateway-batch", gatewayBatch},
 	}
 	for _, p := range parts {
 		named := func(name string) bool { return name == p.name || strings.HasPrefix(p.name, name+"-") }
