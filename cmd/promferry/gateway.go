@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/promferry/promferry/gateway"
+	"github.com/promferry/promferry/gateway/page"
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
@@ -89,12 +90,20 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	r := newReloader("gateway", registry, logger, func() error { return validateWebConfig(s.WebConfigFile.value) })
 	r.before, r.after = notifier.reloading, notifier.ready
 	admin := newAdmin("gateway", r.reload)
+	forPeople := page.Gateway(func() gateway.Status {
+		status := g.Status()
+		status.Version = version.Version
+		return status
+	})
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(r.URL.Path, "/-/") {
+		switch { // No ServeMux: that would redirect what is pushed to other paths.
+		case strings.HasPrefix(r.URL.Path, "/-/"):
 			admin.ServeHTTP(w, r)
-			return
+		case r.URL.Path == "/":
+			forPeople.ServeHTTP(w, r)
+		default:
+			g.ServeHTTP(w, r)
 		}
-		g.ServeHTTP(w, r) // No ServeMux: that would redirect what is pushed to other paths.
 	})
 	listener, err := httpclient.ListenConfig(gatewayKeepAlive).Listen(ctx, "tcp", s.WebListenAddress.value)
 	if err != nil {
