@@ -10,8 +10,8 @@ import (
 
 	"go.yaml.in/yaml/v2"
 
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/reverse"
-	"github.com/promferry/promferry/reverse/access"
 )
 
 // clientGuard asks the guard about clients.

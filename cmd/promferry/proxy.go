@@ -18,11 +18,11 @@ import (
 	"github.com/prometheus/common/version"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
-	"github.com/promferry/promferry/reverse/access"
 	"github.com/promferry/promferry/reverse/longpoll"
 	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/reverse/ptth"

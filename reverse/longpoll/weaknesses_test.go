@@ -24,9 +24,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/internal/pushprox"
 	"github.com/promferry/promferry/reverse"
-	"github.com/promferry/promferry/reverse/access"
 )
 
 // Each test here is of something that PushProx is weak at, and shows that we are not.

@@ -22,7 +22,7 @@ import (
 
 	"github.com/prometheus/common/config"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 // What Prometheus and our agent send is made by prometheus/common from a configuration;
