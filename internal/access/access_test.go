@@ -182,11 +182,11 @@ func TestS7DefaultDeny(t *testing.T) {
 		}
 	}
 
-	open, err := access.New("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+	open, err := access.NewProxy("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, face := range access.Faces {
+	for _, face := range open.Faces() {
 		if !open.Open(face) {
 			t.Errorf("without a file, %s is closed", face)
 		}

@@ -383,7 +383,7 @@ func TestW6Authentication(t *testing.T) {
 		digest(right), digest(other))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	guard, err := access.New(file, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	guard, err := access.NewProxy(file, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
