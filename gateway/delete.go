@@ -35,7 +35,8 @@ func selected(all []labelmatch.Matchers, key pushgw.GroupingKey) bool {
 	return false
 }
 
-// deleteMatching deletes all groups that the query selects, and answers which these were.
+// deleteMatching deletes all groups that the query selects and the sender may push to, and
+// answers which these were.
 func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
 	all, err := matchersOf(r)
 	if err == nil && len(all) == 0 {
@@ -50,7 +51,11 @@ func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
 		refuse(w, asRefusal(err))
 		return
 	}
-	keys, err := g.store.DeleteAll(func(key pushgw.GroupingKey) bool { return selected(all, key) })
+	may := g.config.Rights.PushToSome(w, r)
+	if may == nil {
+		return
+	}
+	keys, err := g.store.DeleteAll(func(key pushgw.GroupingKey) bool { return selected(all, key) && may(key) })
 	if err != nil {
 		refuse(w, asRefusal(err))
 		return

@@ -23,8 +23,10 @@ type Config struct {
 	StoreConfig
 	// MaxBodyBytes is how large the body of a push may be, packed and unpacked.
 	MaxBodyBytes int64
-	// AdminAPI lets everybody who may push delete all groups.
+	// AdminAPI lets everybody who may push to every group delete them all.
 	AdminAPI bool
+	// Rights say who may push; nil: everybody.
+	Rights Rights
 	// Flags are told in /api/v1/status.
 	Flags map[string]string
 	// Gatherer has the metrics of the process, which stand on the page with all groups.
@@ -47,6 +49,9 @@ type Gateway struct {
 
 // New returns a Gateway with the groups that its file holds. It must be closed.
 func New(config Config) (*Gateway, error) {
+	if config.Rights == nil {
+		config.Rights = everybody{}
+	}
 	store, err := NewStore(config.StoreConfig, config.Logger, config.Registerer)
 	if err != nil {
 		return nil, err
@@ -104,7 +109,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case path == "/api/v1/status":
 		answer(w, r, g.apiStatus)
 	case path == "/api/v1/admin/wipe" && g.config.AdminAPI:
-		if allow(w, r, http.MethodPut) {
+		if allow(w, r, http.MethodPut) && g.config.Rights.PushToAll(w, r) {
 			g.wipe(w, r)
 		}
 	default:
@@ -144,6 +149,9 @@ func (g *Gateway) group(w http.ResponseWriter, r *http.Request, path string) {
 			refuse(w, asRefusal(err))
 			return
 		}
+		if !g.config.Rights.Push(w, r, key) {
+			return
+		}
 		if err := g.store.Delete(key); err != nil {
 			refuse(w, asRefusal(err))
 			return
@@ -153,6 +161,10 @@ func (g *Gateway) group(w http.ResponseWriter, r *http.Request, path string) {
 	}
 	start := time.Now()
 	key, err := parseKey(path)
+	if err == nil && !g.config.Rights.Push(w, r, key) {
+		g.metrics.pushes[reasonRights].Inc()
+		return
+	}
 	if err == nil {
 		err = g.push(w, r, key)
 	}

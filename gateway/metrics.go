@@ -18,10 +18,12 @@ const (
 	reasonTimeout      = "timeout"
 	reasonDisk         = "disk"
 	reasonBusy         = "busy"
+	reasonRights       = "not_allowed"
 )
 
 var results = []string{
 	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout, reasonDisk, reasonBusy,
+	reasonRights,
 }
 
 type metrics struct {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/promferry/promferry/gateway"
 	"github.com/promferry/promferry/gateway/page"
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
@@ -52,10 +53,19 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	if err := validateWebConfig(s.WebConfigFile.value); err != nil {
 		errs = append(errs, s.WebConfigFile.fault(err))
 	}
+	if err := refuseUsersBeside(s.AuthFile.value, s.WebConfigFile.value); err != nil {
+		errs = append(errs, s.WebConfigFile.fault(err))
+	}
+	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
+	registry := newRegistry()
+	guard, err := access.NewGateway(s.AuthFile.value, logger, registry)
+	if err != nil {
+		errs = append(errs, s.AuthFile.fault(err))
+	}
 	if err := faults(errs); err != nil {
 		return err
 	}
-	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
+	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value}})
 	dir, err := statedir.Open(s.StateDir.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
@@ -68,7 +78,6 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		return err
 	}
 	defer func() { _ = lock.Release() }()
-	registry := newRegistry()
 	g, err := gateway.New(gateway.Config{
 		StoreConfig: gateway.StoreConfig{
 			File:          dir.Path(groupsDB),
@@ -76,6 +85,7 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 			MaxGroups: s.LimitGroups.value, MaxSeries: s.LimitGroupSeries.value,
 		},
 		MaxBodyBytes: int64(s.LimitBodyBytes.value), AdminAPI: s.WebEnableAdminAPI.value, Flags: s.flags(),
+		Rights:   pusherGuard{guard, logger},
 		Gatherer: registry, Logger: logger, Registerer: registry,
 	})
 	if err != nil {
@@ -87,7 +97,9 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		}
 	}()
 	notifier := newNotifier(logger)
-	r := newReloader("gateway", registry, logger, func() error { return validateWebConfig(s.WebConfigFile.value) })
+	r := newReloader("gateway", registry, logger, func() error {
+		return errors.Join(validateWebConfig(s.WebConfigFile.value), refuseUsersBeside(s.AuthFile.value, s.WebConfigFile.value), guard.Reload())
+	})
 	r.before, r.after = notifier.reloading, notifier.ready
 	admin := newAdmin("gateway", r.reload)
 	forPeople := page.Gateway(func() gateway.Status {
@@ -95,14 +107,26 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		status.Version = version.Version
 		return status
 	})
-	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch { // No ServeMux: that would redirect what is pushed to other paths.
+	// No ServeMux: that would redirect what is pushed to other paths.
+	reading := readerGuard(guard, logger, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
 		case strings.HasPrefix(r.URL.Path, "/-/"):
 			admin.ServeHTTP(w, r)
 		case r.URL.Path == "/":
 			forPeople.ServeHTTP(w, r)
 		default:
 			g.ServeHTTP(w, r)
+		}
+	}))
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		pushing := r.Method == http.MethodPut || r.Method == http.MethodPost || r.Method == http.MethodDelete
+		switch {
+		case r.URL.Path == "/-/healthy", r.URL.Path == "/-/ready": // Probes have no credentials.
+			admin.ServeHTTP(w, r)
+		case pushing && !strings.HasPrefix(r.URL.Path, "/-/"): // The gateway asks for rights of its own.
+			g.ServeHTTP(w, r)
+		default:
+			reading.ServeHTTP(w, r)
 		}
 	})
 	listener, err := httpclient.ListenConfig(gatewayKeepAlive).Listen(ctx, "tcp", s.WebListenAddress.value)
@@ -113,6 +137,12 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(handler), logger)
 	// The gateway sets times of its own for what takes longer.
 	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
+	if err := server.cacheConfig("gateway", "web", registry); err != nil {
+		return fmt.Errorf("%s: %w", s.WebConfigFile.name(), err)
+	}
+	if !hasUsers(s.WebConfigFile.value) {
+		warnOpen(guard, listener.Addr(), nil, logger)
+	}
 	logger.Info("Starting promferry gateway", "version", version.Version, "state_dir", s.StateDir.value)
 
 	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -120,6 +150,7 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return server.Run(serveCtx) })
 	group.Go(func() error { return g.Run(serveCtx) })
+	group.Go(func() error { return guard.Run(serveCtx) })
 	group.Go(func() error { return r.Run(groupCtx) })
 	group.Go(func() error {
 		defer stop()

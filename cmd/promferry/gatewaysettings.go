@@ -21,6 +21,7 @@ type gatewayServerSettings struct {
 	WebListenAddress  *setting[string]           `split_words:"true"`
 	WebConfigFile     *setting[string]           `split_words:"true"`
 	WebEnableAdminAPI *setting[bool]             `envconfig:"WEB_ENABLE_ADMIN_API"`
+	AuthFile          *setting[string]           `split_words:"true"`
 	ExpireDefault     *setting[model.Duration]   `split_words:"true"`
 	ForgetAfter       *setting[model.Duration]   `split_words:"true"`
 	LimitBodyBytes    *setting[units.Base2Bytes] `split_words:"true"`
@@ -37,8 +38,9 @@ func newGatewayServerSettings() *gatewayServerSettings {
 	stateDir, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
 	return &gatewayServerSettings{
 		WebListenAddress:  text("web.listen-address", ":9091", "Address to listen on: for pushes, for scrapes of /metrics and of /groups/, and for /sd."),
-		WebConfigFile:     text("web.config.file", "", "Prometheus web configuration file, for TLS and basic auth of that address."),
-		WebEnableAdminAPI: toggle("web.enable-admin-api", "Let everybody who may push delete all groups at once, by a PUT to /api/v1/admin/wipe."),
+		WebConfigFile:     text("web.config.file", "", "Prometheus web configuration file, for TLS of that address; and basic_auth_users, unless there is --auth.file."),
+		WebEnableAdminAPI: toggle("web.enable-admin-api", "Let everybody who may push to every group delete them all at once, by a PUT to /api/v1/admin/wipe."),
+		AuthFile:          text("auth.file", "", `File that says who may push to which groups, and who may read. "": everybody.`),
 		ExpireDefault:     duration("expire.default", 0, "How long after its last push a group goes silent that has no promferry_expires_after_seconds. 0s: never."),
 		ForgetAfter:       duration("forget-after", 24*time.Hour, "How long a silent group is kept, and listed in /sd as a target that is down."),
 		LimitBodyBytes:    size("limit.body-bytes", 64*units.MiB, "How large the body of a push may be, packed and unpacked. Beyond it the answer is 413."),
@@ -52,7 +54,7 @@ func newGatewayServerSettings() *gatewayServerSettings {
 
 func (s *gatewayServerSettings) all() []anySetting {
 	return []anySetting{
-		s.WebListenAddress, s.WebConfigFile, s.WebEnableAdminAPI, s.ExpireDefault, s.ForgetAfter,
+		s.WebListenAddress, s.WebConfigFile, s.WebEnableAdminAPI, s.AuthFile, s.ExpireDefault, s.ForgetAfter,
 		s.LimitBodyBytes, s.LimitGroupSeries, s.LimitGroups, s.StateDir, s.LogLevel, s.LogFormat,
 	}
 }
@@ -70,7 +72,7 @@ func (s *gatewayServerSettings) check() []error {
 func (s *gatewayServerSettings) flags() map[string]string {
 	return map[string]string{
 		s.WebListenAddress.flag: s.WebListenAddress.String(), s.WebConfigFile.flag: s.WebConfigFile.String(),
-		s.WebEnableAdminAPI.flag: s.WebEnableAdminAPI.String(), s.ExpireDefault.flag: s.ExpireDefault.String(),
+		s.WebEnableAdminAPI.flag: s.WebEnableAdminAPI.String(), s.AuthFile.flag: s.AuthFile.String(), s.ExpireDefault.flag: s.ExpireDefault.String(),
 		s.ForgetAfter.flag: s.ForgetAfter.String(), s.LimitBodyBytes.flag: s.LimitBodyBytes.String(),
 		s.LimitGroupSeries.flag: s.LimitGroupSeries.String(), s.LimitGroups.flag: s.LimitGroups.String(),
 		s.StateDir.flag: s.StateDir.String(), s.LogLevel.flag: s.LogLevel.String(), s.LogFormat.flag: s.LogFormat.String(),

@@ -10,8 +10,8 @@ import (
 
 	"go.yaml.in/yaml/v2"
 
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/reverse"
-	"github.com/promferry/promferry/reverse/access"
 )
 
 // clientGuard asks the guard about clients.
@@ -67,38 +67,47 @@ func listerGuard(guard *access.Guard, logger *slog.Logger, next http.Handler) ht
 	})
 }
 
-// warnOpen warns of each face that is open to whoever reaches it from elsewhere.
-func warnOpen(guard *access.Guard, servers []*server, logger *slog.Logger) {
+// warnOpen warns of each face that is open to whoever reaches it from elsewhere. Clients may have
+// an address of their own.
+func warnOpen(guard *access.Guard, address, clients net.Addr, logger *slog.Logger) {
 	can := map[access.Face]string{
 		access.FaceClient:  "be any client, and answer its scrapes",
 		access.FaceScraper: "scrape every client",
 		access.FaceLister:  "list all clients and targets",
+		access.FacePusher:  "push to every group, and delete it",
+		access.FaceReader:  "read all groups",
 	}
-	for _, face := range access.Faces {
-		listener := servers[0].listener
+	for _, face := range guard.Faces() {
+		at := address
 		if face == access.FaceClient {
-			listener = servers[len(servers)-1].listener
+			at = clients
 		}
-		if a, ok := listener.Addr().(*net.TCPAddr); guard.Open(face) && (!ok || !a.IP.IsLoopback()) {
-			logger.Warn("Open to everybody who reaches this address: set --auth.file", "address", listener.Addr().String(), "face", face, "anybody_can", can[face])
+		if a, ok := at.(*net.TCPAddr); guard.Open(face) && (!ok || !a.IP.IsLoopback()) {
+			logger.Warn("Open to everybody who reaches this address: set --auth.file", "address", at.String(), "face", face, "anybody_can", can[face])
 		}
 	}
 }
 
-// refuseBasicAuth refuses users in the web configuration file of the address for scrapes.
+// refuseBasicAuth refuses users in the web configuration file of a proxy's address for scrapes.
 func refuseBasicAuth(file string) error {
+	if hasUsers(file) {
+		return errors.New("basic_auth_users looks at Authorization, which in a scrape belongs to the target: say who may scrape and list in --auth.file")
+	}
+	return nil
+}
+
+// hasUsers tells whether a web configuration file has users. One that cannot be read has none:
+// validateWebConfig says it.
+func hasUsers(file string) bool {
 	if file == "" {
-		return nil
+		return false
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return nil //nolint:nilerr // validateWebConfig says it.
+		return false
 	}
 	var config struct {
 		Users map[string]any `yaml:"basic_auth_users"`
 	}
-	if err := yaml.Unmarshal(b, &config); err == nil && len(config.Users) > 0 {
-		return errors.New("basic_auth_users looks at Authorization, which in a scrape belongs to the target: say who may scrape and list in --auth.file")
-	}
-	return nil
+	return yaml.Unmarshal(b, &config) == nil && len(config.Users) > 0
 }

@@ -102,7 +102,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "signal": sendSignal, "post": post, "get": get, "lacks": lacks, "gone": gone,
+			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "signal": sendSignal, "post": post, "get": get, "put": put, "delete": del, "lacks": lacks, "gone": gone,
 		},
 	})
 }
@@ -137,14 +137,22 @@ func sendSignal(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(syscall.Kill(pid, sig))
 }
 
-// post and get send a request to the address in a log and print status and body to
-// stdout: get LOG /path.
+// post, get, put and del send a request to the address in a log and print status and body to
+// stdout: get LOG /path [HEADER=VALUE...].
 func post(ts *testscript.TestScript, neg bool, args []string) {
 	request(ts, neg, http.MethodPost, args)
 }
 
 func get(ts *testscript.TestScript, neg bool, args []string) {
 	request(ts, neg, http.MethodGet, args)
+}
+
+func put(ts *testscript.TestScript, neg bool, args []string) {
+	request(ts, neg, http.MethodPut, args)
+}
+
+func del(ts *testscript.TestScript, neg bool, args []string) {
+	request(ts, neg, http.MethodDelete, args)
 }
 
 // listening returns the first address in a log.

@@ -18,11 +18,11 @@ import (
 	"github.com/prometheus/common/version"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 	"github.com/promferry/promferry/reverse"
-	"github.com/promferry/promferry/reverse/access"
 	"github.com/promferry/promferry/reverse/longpoll"
 	"github.com/promferry/promferry/reverse/page"
 	"github.com/promferry/promferry/reverse/ptth"
@@ -92,7 +92,7 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 	}
 	logger := newLogger(in.stderr, s.LogLevel.value, s.LogFormat.value)
 	registry := newRegistry()
-	guard, err := access.New(s.AuthFile.value, logger, registry)
+	guard, err := access.NewProxy(s.AuthFile.value, logger, registry)
 	if err != nil {
 		errs = append(errs, s.AuthFile.fault(err))
 	}
@@ -263,19 +263,13 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		server.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 			return reverse.ConnContext(longpoll.ConnContext(ctx, c), c)
 		}
-		if f.config.value != "" {
-			c, err := newWebConfig(f.config.value, f.role, d.logger, registry)
-			if err != nil {
-				return fmt.Errorf("%s: %w", f.config.name(), err)
-			}
-			if !c.now().hasUser { // With users, exporter-toolkit asks them.
-				server.cached = c
-			}
+		if err := server.cacheConfig("proxy", f.role, registry); err != nil {
+			return fmt.Errorf("%s: %w", f.config.name(), err)
 		}
 		servers = append(servers, server)
 	}
 
-	warnOpen(d.guard, servers, d.logger)
+	warnOpen(d.guard, servers[0].listener.Addr(), servers[len(servers)-1].listener.Addr(), d.logger)
 	d.logger.Info("Starting promferry proxy", "version", version.Version, "state_dir", s.StateDir.value)
 	// All goes on until what is in flight is done.
 	serveCtx, stop := context.WithCancel(context.WithoutCancel(ctx))

@@ -68,11 +68,11 @@ func (a fileID) same(b fileID) bool {
 	return os.SameFile(a.info, b.info) && a.info.ModTime().Equal(b.info.ModTime()) && a.info.Size() == b.info.Size()
 }
 
-// newWebConfig reads the file. The role is that of its address, for the metric.
-func newWebConfig(file, role string, logger *slog.Logger, r prometheus.Registerer) (*webConfig, error) {
+// newWebConfig reads the file of an address, which the metric of the role names.
+func newWebConfig(file, role, address string, logger *slog.Logger, r prometheus.Registerer) (*webConfig, error) {
 	c := &webConfig{file: file, logger: logger, good: prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "promferry_proxy_web_config_last_reload_successful", Help: "Whether the web configuration file of an address could be used as it is now.",
-		ConstLabels: prometheus.Labels{"address": role},
+		Name: "promferry_" + role + "_web_config_last_reload_successful", Help: "Whether the web configuration file of an address could be used as it is now.",
+		ConstLabels: prometheus.Labels{"address": address},
 	})}
 	loaded, err := c.load()
 	if err != nil {
@@ -166,6 +166,17 @@ func (c *webConfig) wrap(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// cacheConfig makes the server read its web configuration file in this way. With users it does
+// not, as exporter-toolkit is who asks them.
+func (s *server) cacheConfig(role, address string, r prometheus.Registerer) error {
+	if s.config == "" || hasUsers(s.config) {
+		return nil
+	}
+	var err error
+	s.cached, err = newWebConfig(s.config, role, address, s.logger, r)
+	return err
 }
 
 // serve is what server.Run does with this configuration.

@@ -43,7 +43,7 @@ func TestS27WebConfig(t *testing.T) {
 	const good = "tls_server_config: {cert_file: hub.crt, key_file: hub.key}\nhttp_server_config: {headers: {X-Frame-Options: deny}}\n"
 	writeFile(t, path("web.yml"), good, 0o600)
 	var log bytes.Buffer
-	c, err := newWebConfig(path("web.yml"), "web", slog.New(slog.NewTextHandler(&log, nil)), prometheus.NewRegistry())
+	c, err := newWebConfig(path("web.yml"), "proxy", "web", slog.New(slog.NewTextHandler(&log, nil)), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,9 +24,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/internal/pushprox"
 	"github.com/promferry/promferry/reverse"
-	"github.com/promferry/promferry/reverse/access"
 )
 
 // Each test here is of something that PushProx is weak at, and shows that we are not.
@@ -383,7 +383,7 @@ func TestW6Authentication(t *testing.T) {
 		digest(right), digest(other))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	guard, err := access.New(file, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	guard, err := access.NewProxy(file, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,11 +26,13 @@ const (
 	ReasonExpired Reason = "expired_certificate"
 	// ReasonName: the credential is right, but for clients of other names.
 	ReasonName Reason = "wrong_name"
+	// ReasonGroup: the credential is right, but for other groups.
+	ReasonGroup Reason = "wrong_group"
 )
 
-// Reasons are all reasons, for a metric that has one series for each.
-var Reasons = []Reason{
-	ReasonClosed, ReasonMissing, ReasonMalformed, ReasonToken, ReasonUsername, ReasonCertificate, ReasonExpired, ReasonName,
+// reasons are those of all faces, for a metric that has one series for each.
+var reasons = []Reason{
+	ReasonClosed, ReasonMissing, ReasonMalformed, ReasonToken, ReasonUsername, ReasonCertificate, ReasonExpired,
 }
 
 // Error is what is returned for who is not let in. It holds nothing of the credential.
@@ -43,16 +45,22 @@ type Error struct {
 	Status int
 	// Reason is why.
 	Reason Reason
-	// Name is that of the client, as the request had it; "" on other faces.
+	// Name is that of the client, as the request had it, or the labels of the group; "" on other
+	// faces.
 	Name string
-	// Identity is whose credential it was, where the reason is ReasonName or ReasonUsername.
+	// Identity is whose credential it was, where the reason is ReasonName, ReasonGroup or
+	// ReasonUsername.
 	Identity string
 }
 
 // Error is for the operator's log. Text is for the caller.
 func (e *Error) Error() string {
 	s := "admit " + string(e.Face)
-	if e.Name != "" {
+	switch {
+	case e.Name == "":
+	case e.Face == FacePusher: // Its values are quoted.
+		s += fmt.Sprintf(" to %.200s", e.Name)
+	default:
 		s += fmt.Sprintf(" %.60q", e.Name)
 	}
 	s += ": " + sentences[e.Reason]
@@ -71,6 +79,7 @@ var sentences = map[Reason]string{
 	ReasonCertificate: "unknown certificate",
 	ReasonExpired:     "the certificate has expired",
 	ReasonName:        "the credential is for other names",
+	ReasonGroup:       "the credential is for other groups",
 }
 
 // Text is the body of the answer, one sentence. It is the same for an unknown token and an
@@ -80,8 +89,11 @@ func (e *Error) Text() string {
 	case http.StatusTooManyRequests:
 		return "Too many failed attempts from this address."
 	case http.StatusForbidden:
-		if e.Reason == ReasonName {
+		switch e.Reason {
+		case ReasonName:
 			return "These credentials are for clients of other names."
+		case ReasonGroup:
+			return "These credentials are for other groups."
 		}
 		return "Nobody may do this here."
 	}
@@ -103,7 +115,7 @@ func (e *Error) SetHeader(h http.Header) {
 
 func statusOf(face Face, reason Reason) int {
 	switch {
-	case reason == ReasonClosed || reason == ReasonName:
+	case reason == ReasonClosed || reason == ReasonName || reason == ReasonGroup:
 		return http.StatusForbidden
 	case face == FaceScraper:
 		return http.StatusProxyAuthRequired

@@ -13,7 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 // within is how long Run may take to see a change: two looks.
@@ -133,7 +133,7 @@ func TestS27LinkSwap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &guarded{path: path, registry: prometheus.NewPedanticRegistry(), log: &buffer{}}
 		var err error
-		if g.Guard, err = access.New(path, slog.New(slog.NewTextHandler(g.log, nil)), g.registry); err != nil {
+		if g.Guard, err = access.NewProxy(path, slog.New(slog.NewTextHandler(g.log, nil)), g.registry); err != nil {
 			t.Fatal(err)
 		}
 		w := watch(t, g)
@@ -228,7 +228,7 @@ func TestS27Reload(t *testing.T) {
 
 func TestRunWithoutFile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g, err := access.New("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+		g, err := access.NewProxy("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 		if err != nil {
 			t.Fatal(err)
 		}

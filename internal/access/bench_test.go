@@ -9,12 +9,12 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 // A proxy asks for each of some 17,000 scrapes a second.
 func BenchmarkScraper(b *testing.B) {
-	open, err := access.New("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+	open, err := access.NewProxy("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -13,7 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 // A credential is good for the names of its entry, and no other.
@@ -182,11 +182,11 @@ func TestS7DefaultDeny(t *testing.T) {
 		}
 	}
 
-	open, err := access.New("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+	open, err := access.NewProxy("", slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, face := range access.Faces {
+	for _, face := range open.Faces() {
 		if !open.Open(face) {
 			t.Errorf("without a file, %s is closed", face)
 		}

@@ -11,14 +11,14 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 func load(t testing.TB, content string) (*access.Guard, error) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "auth.yml")
 	write(t, path, content)
-	return access.New(path, slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+	return access.NewProxy(path, slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 }
 
 func TestFilePasses(t *testing.T) {
@@ -111,6 +111,7 @@ func TestFileFaults(t *testing.T) {
 			"username with password", "scrapers:" + entry + "username: 'a:canary'\n    token_sha256: [" + sum("a") + "]",
 			[]string{"scrapers[0] (web): username: has a colon or a control character, which Basic cannot carry"},
 		},
+		{"groups of a client", "clients:" + entry + "san: [a]\n    groups: ['{job=\"canary\"}']", []string{"clients[0] (web): groups: only for pushers"}},
 		{"names of a scraper", "scrapers:" + entry + "san: [a]\n    names: [canary]", []string{"scrapers[0] (web): names: only for clients"}},
 		{
 			"token of two", "listers: [{identity: a, token_sha256: [" + sum("canary") + "]}, {identity: b, token_sha256: [" + sum("canary") + "]}]",
@@ -146,7 +147,7 @@ func TestFileFaults(t *testing.T) {
 }
 
 func TestFileMissing(t *testing.T) {
-	_, err := access.New(filepath.Join(t.TempDir(), "auth.yml"), slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
+	_, err := access.NewProxy(filepath.Join(t.TempDir(), "auth.yml"), slog.New(slog.DiscardHandler), prometheus.NewPedanticRegistry())
 	if !errors.Is(err, os.ErrNotExist) || strings.Count(err.Error(), "auth.yml") != 1 {
 		t.Errorf("got %v", err)
 	}
@@ -163,11 +164,11 @@ func FuzzFile(f *testing.F) {
 	f.Fuzz(func(t *testing.T, content []byte) {
 		path := filepath.Join(t.TempDir(), "auth.yml")
 		write(t, path, string(content))
-		g, err := access.New(path, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+		g, err := access.NewProxy(path, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 		if err != nil {
 			return
 		}
-		for _, face := range access.Faces {
+		for _, face := range g.Faces() {
 			if g.Open(face) && !bytes.Contains(content, []byte("anyone")) && !bytes.Contains(content, []byte("!!binary")) && !bytes.Contains(content, []byte(`\`)) {
 				t.Errorf("%s is open", face)
 			}

@@ -24,7 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 // sum is the digest of a token, as the file has it.
@@ -85,10 +85,15 @@ func (b *buffer) String() string {
 
 func newGuard(t testing.TB, content string) *guarded {
 	t.Helper()
+	return newGuarded(t, access.NewProxy, content)
+}
+
+func newGuarded(t testing.TB, guard func(string, *slog.Logger, prometheus.Registerer) (*access.Guard, error), content string) *guarded {
+	t.Helper()
 	g := &guarded{path: filepath.Join(t.TempDir(), "auth.yml"), registry: prometheus.NewPedanticRegistry(), log: &buffer{}}
 	write(t, g.path, content)
 	var err error
-	g.Guard, err = access.New(g.path, slog.New(slog.NewTextHandler(g.log, nil)), g.registry)
+	g.Guard, err = guard(g.path, slog.New(slog.NewTextHandler(g.log, nil)), g.registry)
 	if err != nil {
 		t.Fatal(err)
 	}

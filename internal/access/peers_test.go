@@ -20,9 +20,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/push"
 	"github.com/prometheus/common/config"
 
-	"github.com/promferry/promferry/reverse/access"
+	"github.com/promferry/promferry/internal/access"
 )
 
 // What Prometheus and our agent send is made by prometheus/common from a configuration;
@@ -263,5 +264,61 @@ func TestS1CertificateIsVerified(t *testing.T) {
 			t.Errorf("%s: %s, want %s", tc.what, got, tc.want)
 		}
 		hub.Close()
+	}
+}
+
+// What pushes to a gateway shows its credential as one of these, over real TLS.
+func TestPusherCredentials(t *testing.T) {
+	g := newGatewayGuard(t, gatewayExample)
+	ours, theirs := newAuthority(t), newAuthority(t)
+	pool := x509.NewCertPool()
+	pool.AddCert(ours.certificate)
+	const node = "a.nodes.example.org"
+	hub := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// As /metrics/job/JOB/instance/INSTANCE.
+		segments := strings.Split(r.URL.Path, "/")
+		answer(w, g.Pusher(r, labels(segments[2], segments[3], segments[4], segments[5])))
+	}))
+	hub.TLS = &tls.Config{ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: pool, MinVersion: tls.VersionTLS13}
+	hub.StartTLS()
+	defer hub.Close()
+	// by returns a client that shows a certificate, or none.
+	by := func(a *authority, names ...string) *http.Client {
+		transport := hub.Client().Transport.(*http.Transport).Clone()
+		if a != nil {
+			own := a.sign(t, certificate("", names...))
+			transport.TLSClientConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &own, nil }
+		}
+		return &http.Client{Transport: transport, Timeout: 10 * time.Second}
+	}
+	to := func(client *http.Client, instance string) *push.Pusher {
+		return push.New(hub.URL, "node").Grouping("instance", instance).Client(client)
+	}
+	for _, tc := range []struct {
+		what string
+		*push.Pusher
+		refused string // the status
+	}{
+		{"certificate", to(by(ours, node), node), ""},
+		{"certificate of another node", to(by(ours, "b.nodes.example.org"), node), "403"},
+		{"certificate of who is nobody", to(by(ours, "x.net"), "x.net"), "401"},
+		{"certificate of another authority", to(by(theirs, node), node), "remote error: tls"},
+		{"nothing", to(by(nil), node), "401"},
+		{"client library with basic auth", to(by(nil), "web-1").BasicAuth("any", "web-new"), ""},
+		{"the same for another group", to(by(nil), "db-1").BasicAuth("any", "web-new"), "403"},
+		{"token beside a certificate", to(by(ours, node), "web-1").BasicAuth("any", "web-new"), ""},
+	} {
+		err := tc.Push()
+		if tc.refused == "" && err != nil || tc.refused != "" && (err == nil || !strings.Contains(err.Error(), tc.refused)) {
+			t.Errorf("%s: %v, want %q", tc.what, err, tc.refused)
+		}
+	}
+	// The agent and promferry push show what an http_config file says.
+	file := filepath.Join(t.TempDir(), "token")
+	write(t, file, "web-new\n")
+	for path, want := range map[string]string{"/metrics/job/node/instance/web-1": "200 OK", "/metrics/job/node/instance/db-1": "403 Forbidden"} {
+		if got := get(t, "authorization: {credentials_file: "+file+"}\ntls_config: {insecure_skip_verify: true}", hub.URL+path); got != want {
+			t.Errorf("credentials_file to %s: %s, want %s", path, got, want)
+		}
 	}
 }

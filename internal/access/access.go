@@ -1,5 +1,6 @@
-// Package access decides who may do what at a proxy: be which client, scrape, and list.
-// It reads that from the file that --auth.file names, and again when the file changes.
+// Package access decides who may do what: at a proxy be which client, scrape, and list; at a
+// gateway push to which groups, and read. It reads that from the file that --auth.file names,
+// and again when the file changes.
 package access
 
 import (
@@ -16,11 +17,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// A Face is one side of a proxy, with callers of its own.
+// A Face is one side of a proxy or of a gateway, with callers of its own.
 type Face string
 
-// The faces. A credential for one is none for another, but where the file gives it to
-// both a scraper and a lister.
+// The faces of a proxy. A credential for one is none for another, but where the file gives
+// it to both a scraper and a lister.
 const (
 	// FaceClient: clients, who open lines.
 	FaceClient Face = "client"
@@ -30,11 +31,17 @@ const (
 	FaceLister Face = "lister"
 )
 
-// Faces are all faces, for metrics that have one series for each.
-var Faces = []Face{FaceClient, FaceScraper, FaceLister}
+// The faces of a gateway. A credential for one is none for the other.
+const (
+	// FacePusher: who pushes to groups, and deletes them.
+	FacePusher Face = "pusher"
+	// FaceReader: who scrapes, and reads the service discovery, the API and the page.
+	FaceReader Face = "reader"
+)
 
 // Guard lets callers in, or not. It is safe for concurrent use.
 type Guard struct {
+	role    *role
 	path    string
 	logger  *slog.Logger
 	metrics *metrics
@@ -48,13 +55,25 @@ type Guard struct {
 	onChange func()
 }
 
-// New returns a guard that does as the file at path says, or one that lets everybody do
+// NewProxy returns the guard of a proxy. It does as the file at path says, or lets everybody do
 // everything when path is "". It starts nothing: without Run, the file is read again by
 // Reload only. The error names all that is wrong with the file, and shows no digest and no
 // token.
-func New(path string, logger *slog.Logger, r prometheus.Registerer) (*Guard, error) {
-	g := &Guard{path: path, logger: logger}
-	next := &rules{clients: section{open: true}, scrapers: section{open: true}, listers: section{open: true}}
+func NewProxy(path string, logger *slog.Logger, r prometheus.Registerer) (*Guard, error) {
+	return newGuard(&proxy, path, logger, r)
+}
+
+// NewGateway returns the guard of a gateway, as NewProxy does that of a proxy.
+func NewGateway(path string, logger *slog.Logger, r prometheus.Registerer) (*Guard, error) {
+	return newGuard(&gateway, path, logger, r)
+}
+
+func newGuard(role *role, path string, logger *slog.Logger, r prometheus.Registerer) (*Guard, error) {
+	g := &Guard{role: role, path: path, logger: logger}
+	next := make(rules)
+	for _, face := range role.faces {
+		next[face] = &section{open: true}
+	}
 	if path != "" {
 		content, err := g.read()
 		if err != nil {
@@ -66,14 +85,17 @@ func New(path string, logger *slog.Logger, r prometheus.Registerer) (*Guard, err
 		g.used = fingerprint(content, nil)
 		g.tried = g.used
 	}
-	g.metrics = newMetrics(r)
+	g.metrics = newMetrics(role, r)
 	g.use(next)
 	return g, nil
 }
 
-func (g *Guard) use(next *rules) {
-	g.rules.Store(next)
-	for _, face := range Faces {
+// Faces are those that the guard has.
+func (g *Guard) Faces() []Face { return g.role.faces }
+
+func (g *Guard) use(next rules) {
+	g.rules.Store(&next)
+	for _, face := range g.role.faces {
 		open := 0.0
 		if next.section(face).open {
 			open = 1
@@ -90,36 +112,72 @@ func (g *Guard) Open(face Face) bool { return g.rules.Load().section(face).open 
 // certificate; either will do. It is to be asked for each request, and before anything is
 // kept of it.
 func (g *Guard) Client(r *http.Request, name string) (Grant, error) {
-	return g.admit(FaceClient, r, "Authorization", name)
+	return g.admit(FaceClient, r, "Authorization", asClient(name))
 }
 
 // Scraper lets in who scrapes, or returns an *Error. The credential is the request's
 // Proxy-Authorization, as that of Client, for Authorization is the target's; or a verified
 // certificate.
 func (g *Guard) Scraper(r *http.Request) (Grant, error) {
-	return g.admit(FaceScraper, r, "Proxy-Authorization", "")
+	return g.admit(FaceScraper, r, "Proxy-Authorization", anything{})
 }
 
 // Lister lets in who lists, or returns an *Error. The credential is that of Client.
 func (g *Guard) Lister(r *http.Request) (Grant, error) {
-	return g.admit(FaceLister, r, "Authorization", "")
+	return g.admit(FaceLister, r, "Authorization", anything{})
 }
 
-func (g *Guard) admit(face Face, r *http.Request, header, name string) (Grant, error) {
+// Reader lets in who reads, or returns an *Error. The credential is that of Client.
+func (g *Guard) Reader(r *http.Request) error {
+	_, err := g.admit(FaceReader, r, "Authorization", anything{})
+	return err
+}
+
+// Pusher lets in who pushes to the group with these labels, job among them, or deletes it, or
+// returns an *Error. The credential is that of Client. It is to be asked before the body is
+// read.
+func (g *Guard) Pusher(r *http.Request, group map[string]string) error {
+	_, err := g.admit(FacePusher, r, "Authorization", toGroup(group))
+	return err
+}
+
+// PusherToAll lets in, as Pusher does, who may push to every group that there can be.
+func (g *Guard) PusherToAll(r *http.Request) error {
+	_, err := g.admit(FacePusher, r, "Authorization", toAll{})
+	return err
+}
+
+// PusherToSome lets in, as Pusher does, who may push to some groups, and returns what tells to
+// which ones. That is for the time of the request, and counts nobody as refused.
+func (g *Guard) PusherToSome(r *http.Request) (may func(group map[string]string) bool, err error) {
+	if _, err := g.admit(FacePusher, r, "Authorization", anything{}); err != nil {
+		return nil, err
+	}
+	s := g.rules.Load().section(FacePusher)
+	return func(group map[string]string) bool {
+		if s.open {
+			return true
+		}
+		_, reason := s.admit(r.Header["Authorization"], r.TLS, toGroup(group))
+		return reason == ""
+	}, nil
+}
+
+func (g *Guard) admit(face Face, r *http.Request, header string, w wish) (Grant, error) {
 	s := g.rules.Load().section(face)
 	if s.open {
 		return Grant{face: face}, nil
 	}
 	grant, reason := Grant{}, ReasonClosed
 	if !s.closed() {
-		grant, reason = s.admit(r.Header[header], r.TLS, name)
+		grant, reason = s.admit(r.Header[header], r.TLS, w)
 	}
 	if reason == "" {
 		grant.face = face
 		return grant, nil
 	}
 	g.metrics.failures.WithLabelValues(string(face), string(reason)).Inc()
-	e := &Error{Face: face, Status: statusOf(face, reason), Reason: reason, Name: name, Identity: grant.Identity()}
+	e := &Error{Face: face, Status: statusOf(face, reason), Reason: reason, Name: w.String(), Identity: grant.Identity()}
 	// A right credential is never asked for the limit: one address may be a whole site's.
 	if !g.failed.allow(remote(r.RemoteAddr), time.Now()) {
 		e.Status = http.StatusTooManyRequests
@@ -139,11 +197,15 @@ func (g *Guard) Valid(grant Grant, name string) bool {
 	if s.open || grant.entry == nil {
 		return s.open && grant.entry == nil
 	}
+	w := wish(anything{})
+	if grant.face == FaceClient {
+		w = asClient(name)
+	}
 	now, reason := (*entry)(nil), Reason("")
 	if grant.token != nil {
-		now, reason = s.byToken(grant.token.digest, name)
+		now, reason = s.byToken(grant.token.digest, w)
 	} else {
-		now, reason = s.byCertificate(grant.certificate, name)
+		now, reason = s.byCertificate(grant.certificate, w)
 	}
 	return reason == "" && now.identity == grant.entry.identity && now.username == grant.entry.username
 }
@@ -173,11 +235,11 @@ func (g Grant) Identity() string {
 func (g *Guard) OnChange(f func()) { g.onChange = f }
 
 // admit returns the grant of the first that will do of the header and the certificate, or
-// why none does, with the grant of what is right but not for this name.
-func (s *section) admit(header []string, state *tls.ConnectionState, name string) (Grant, Reason) {
+// why none does, with the grant of what is right but not for this wish.
+func (s *section) admit(header []string, state *tls.ConnectionState, w wish) (Grant, Reason) {
 	grant, reason := Grant{}, ReasonMissing
 	if len(header) > 0 {
-		if grant, reason = s.admitHeader(header, name); reason == "" {
+		if grant, reason = s.admitHeader(header, w); reason == "" {
 			return grant, ""
 		}
 	}
@@ -185,14 +247,14 @@ func (s *section) admit(header []string, state *tls.ConnectionState, name string
 		return grant, reason
 	}
 	certificate := state.VerifiedChains[0][0]
-	e, why := s.byCertificate(certificate, name)
+	e, why := s.byCertificate(certificate, w)
 	if why == "" || reason == ReasonMissing {
 		return Grant{entry: e, certificate: certificate}, why
 	}
 	return grant, reason
 }
 
-func (s *section) admitHeader(header []string, name string) (Grant, Reason) {
+func (s *section) admitHeader(header []string, w wish) (Grant, Reason) {
 	c, ok := parse(header)
 	if !ok {
 		return Grant{}, ReasonMalformed
@@ -205,8 +267,8 @@ func (s *section) admitHeader(header []string, name string) (Grant, Reason) {
 	switch want := t.entry.username; {
 	case want != "" && c.basic && c.username != want: // The token is right: this tells nobody anything.
 		return grant, ReasonUsername
-	case !t.entry.allows(name):
-		return grant, ReasonName
+	case !w.allowed(t.entry, nil):
+		return grant, w.reason()
 	}
 	return grant, ""
 }

@@ -8,22 +8,17 @@ import (
 	"path"
 	"slices"
 	"time"
+
+	"github.com/promferry/promferry/internal/labelmatch"
 )
 
 // rules are what a file says. They do not change.
-type rules struct {
-	clients, scrapers, listers section
-}
+type rules map[Face]*section
 
 // section returns that of a face; nobody is let in through a face that there is not.
-func (r *rules) section(face Face) *section {
-	switch face {
-	case FaceClient:
-		return &r.clients
-	case FaceScraper:
-		return &r.scrapers
-	case FaceLister:
-		return &r.listers
+func (r rules) section(face Face) *section {
+	if s := r[face]; s != nil {
+		return s
 	}
 	return &section{}
 }
@@ -47,10 +42,10 @@ var seed = maphash.MakeSeed()
 // entry is one of the file's.
 type entry struct {
 	identity string
-	// anyName tells that it is not for clients, and the name of one means nothing.
-	anyName bool
-	// names are globs of names. A certificate needs none: it gives its own names.
+	// names are globs of clients' names. A certificate needs none: it gives its own names.
 	names []string
+	// groups select the groups that pushers may push to. A certificate needs none, as above.
+	groups []labelmatch.Matchers
 	// san are globs of a certificate's names.
 	san []string
 	// username goes with its tokens in Basic; "" is any.
@@ -92,49 +87,44 @@ func (s *section) find(digest [sha256.Size]byte) *token {
 	return found
 }
 
-func (s *section) byToken(digest [sha256.Size]byte, name string) (*entry, Reason) {
+func (s *section) byToken(digest [sha256.Size]byte, w wish) (*entry, Reason) {
 	t := s.find(digest)
 	switch {
 	case t == nil:
 		return nil, ReasonToken
-	case !t.entry.allows(name):
-		return t.entry, ReasonName
+	case !w.allowed(t.entry, nil):
+		return t.entry, w.reason()
 	}
 	return t.entry, ""
 }
 
-// byCertificate returns the first entry that takes the certificate for this name; or the
+// byCertificate returns the first entry that takes the certificate for this wish; or the
 // first that takes it for others, with the reason.
-func (s *section) byCertificate(certificate *x509.Certificate, name string) (*entry, Reason) {
+func (s *section) byCertificate(certificate *x509.Certificate, w wish) (*entry, Reason) {
 	if time.Now().After(certificate.NotAfter) {
 		return nil, ReasonExpired
 	}
 	have := namesOf(certificate)
 	var other *entry
 	for _, e := range s.entries {
-		known, named := false, len(e.names) > 0 && e.allows(name) || e.anyName
+		var own []string
 		for _, h := range have {
 			if matchesAny(e.san, h) {
-				known = true
-				named = named || len(e.names) == 0 && name != "" && h == name
+				own = append(own, h)
 			}
 		}
 		switch {
-		case known && named:
+		case own == nil:
+		case w.allowed(e, own):
 			return e, ""
-		case known && other == nil:
+		case other == nil:
 			other = e
 		}
 	}
 	if other != nil {
-		return other, ReasonName
+		return other, w.reason()
 	}
 	return nil, ReasonCertificate
-}
-
-// allows tells whether the entry's tokens are good for the client called name.
-func (e *entry) allows(name string) bool {
-	return e.anyName || name != "" && matchesAny(e.names, name)
 }
 
 func matchesAny(globs []string, s string) bool {

@@ -16,14 +16,27 @@ import (
 	"unicode/utf8"
 
 	"go.yaml.in/yaml/v2"
+
+	"github.com/promferry/promferry/internal/labelmatch"
 )
 
 // file is what stands in the file.
-type file struct {
+type file interface{ sections() []fileSection } // In the order of the role's faces.
+
+type proxyFile struct {
 	Clients  fileSection `yaml:"clients"`
 	Scrapers fileSection `yaml:"scrapers"`
 	Listers  fileSection `yaml:"listers"`
 }
+
+func (f *proxyFile) sections() []fileSection { return []fileSection{f.Clients, f.Scrapers, f.Listers} }
+
+type gatewayFile struct {
+	Pushers fileSection `yaml:"pushers"`
+	Readers fileSection `yaml:"readers"`
+}
+
+func (f *gatewayFile) sections() []fileSection { return []fileSection{f.Pushers, f.Readers} }
 
 // fileSection is a list of entries, or the word anyone.
 type fileSection struct {
@@ -52,6 +65,7 @@ type fileEntry struct {
 type fileFields struct {
 	Identity string     `yaml:"identity"`
 	Names    []fileText `yaml:"names"`
+	Groups   []fileText `yaml:"groups"`
 	SAN      []fileText `yaml:"san"`
 	Username string     `yaml:"username"`
 	Tokens   []fileText `yaml:"token_sha256"`
@@ -82,12 +96,12 @@ func (t *fileText) UnmarshalYAML(unmarshal func(any) error) error {
 
 // parseFile reads a file. Its error tells all faults, one on a line, and shows nothing of
 // what stands there but identities.
-func parseFile(content []byte) (*rules, error) {
-	c := &checker{}
-	f := file{}
+func parseFile(role *role, content []byte) (rules, error) {
+	c := &checker{role: role}
+	f := role.newFile()
 	d := yaml.NewDecoder(bytes.NewReader(content))
 	d.SetStrict(true)
-	switch err := d.Decode(&f); {
+	switch err := d.Decode(f); {
 	case errors.Is(err, io.EOF): // Empty, which is said below.
 	case err != nil:
 		te, ok := errors.AsType[*yaml.TypeError](err)
@@ -95,19 +109,22 @@ func parseFile(content []byte) (*rules, error) {
 			return nil, syntax(err)
 		}
 		for _, s := range te.Errors {
-			c.fault("", form(s))
+			c.fault("", c.form(s))
 		}
 	default:
 		if err := d.Decode(&struct{}{}); !errors.Is(err, io.EOF) {
 			c.fault("", "want one YAML document, there is more")
 		}
 	}
-	r := &rules{}
-	r.clients = c.section("clients", f.Clients, nil)
-	r.scrapers = c.section("scrapers", f.Scrapers, &r.clients)
-	r.listers = c.section("listers", f.Listers, &r.clients)
-	if len(c.faults) == 0 && r.clients.closed() && r.scrapers.closed() && r.listers.closed() {
-		c.fault("", "lets nobody do anything: want clients, scrapers or listers")
+	r := make(rules)
+	closed := true
+	for i, s := range f.sections() {
+		face := role.faces[i]
+		r[face] = c.section(face, s, r[role.faces[0]])
+		closed = closed && r[face].closed()
+	}
+	if len(c.faults) == 0 && closed {
+		c.fault("", "lets nobody do anything: want "+role.sections("or"))
 	}
 	if err := errors.Join(c.faults...); err != nil {
 		return nil, err
@@ -120,6 +137,7 @@ func place(list string, i int) string { return list + "[" + strconv.Itoa(i) + "]
 
 // checker turns what stands in the file into rules, and gathers its faults.
 type checker struct {
+	role   *role
 	faults []error
 }
 
@@ -130,15 +148,17 @@ func (c *checker) fault(where, what string) {
 	c.faults = append(c.faults, errors.New(what))
 }
 
-// section checks one section. Clients is that of the clients, and nil when it is the one.
-func (c *checker) section(name string, f fileSection, clients *section) section {
+// section checks one section. First is the first one of the file, that of clients or of pushers,
+// and nil when this is the one.
+func (c *checker) section(face Face, f fileSection, first *section) *section {
+	name := sectionOf(face)
 	switch {
 	case f.word == anyone:
-		return section{open: true}
+		return &section{open: true}
 	case f.word != "":
 		c.fault(name, "want a list of entries, or the word "+anyone)
 	}
-	s := section{}
+	s := &section{}
 	identities := make(map[string]bool, len(f.entries))
 	for i, fe := range f.entries {
 		where := place(name, i)
@@ -156,15 +176,15 @@ func (c *checker) section(name string, f fileSection, clients *section) section 
 			identities[fe.Identity] = true
 		}
 		for _, fault := range fe.faults {
-			c.fault(where, form(fault))
+			c.fault(where, c.form(fault))
 		}
 		e := &entry{
-			identity: fe.Identity, anyName: clients != nil, username: fe.Username,
-			names: c.globs(where, "names", fe.Names), san: c.globs(where, "san", fe.SAN),
+			identity: fe.Identity, username: fe.Username,
+			names: c.globs(where, "names", fe.Names), groups: c.groups(where, fe.Groups), san: c.globs(where, "san", fe.SAN),
 		}
 		s.entries = append(s.entries, e)
 		for j, text := range fe.Tokens {
-			t, fault := readToken(text, &s, clients)
+			t, fault := c.token(text, s, first)
 			if fault != "" {
 				c.fault(where, place("token_sha256", j)+": "+fault)
 				continue
@@ -174,27 +194,33 @@ func (c *checker) section(name string, f fileSection, clients *section) section 
 		}
 		// A field that was not understood is not one that is missing.
 		if len(fe.faults) == 0 {
-			c.combination(where, fe, clients == nil)
+			c.combination(where, fe, face)
 		}
 	}
 	return s
 }
 
-func (c *checker) combination(where string, fe fileEntry, clients bool) {
+func (c *checker) combination(where string, fe fileEntry, face Face) {
 	if len(fe.Tokens) == 0 && len(fe.SAN) == 0 {
 		c.fault(where, "want token_sha256, san or both")
 	}
-	if clients {
-		if len(fe.Tokens) > 0 && len(fe.Names) == 0 {
-			c.fault(where, "names: a token needs them, as it has no name of its own")
-		}
+	if len(fe.Names) > 0 && face != FaceClient {
+		c.fault(where, "names: only for clients")
+	}
+	if len(fe.Groups) > 0 && face != FacePusher {
+		c.fault(where, "groups: only for pushers")
+	}
+	switch {
+	case face == FaceClient && len(fe.Tokens) > 0 && len(fe.Names) == 0:
+		c.fault(where, "names: a token needs them, as it has no name of its own")
+	case face == FacePusher && len(fe.Tokens) > 0 && len(fe.Groups) == 0:
+		c.fault(where, "groups: a token needs them, as it has no name of its own; '{}' is every group")
+	}
+	if face == c.role.faces[0] {
 		if fe.Username != "" {
-			c.fault(where, "username: not for clients")
+			c.fault(where, "username: not for "+sectionOf(face))
 		}
 		return
-	}
-	if len(fe.Names) > 0 {
-		c.fault(where, "names: only for clients")
 	}
 	if fe.Username != "" && len(fe.Tokens) == 0 {
 		c.fault(where, "username: goes with token_sha256, which is missing")
@@ -229,12 +255,26 @@ func (c *checker) globs(where, field string, texts []fileText) []string {
 	return globs
 }
 
+// groups parses matchers. No text but {} selects every group, so that it is meant.
+func (c *checker) groups(where string, texts []fileText) []labelmatch.Matchers {
+	var groups []labelmatch.Matchers
+	for i, t := range texts {
+		m, err := labelmatch.Parse(string(t))
+		if err != nil || m.All() && t != "{}" {
+			c.fault(where, place("groups", i)+`: want matchers in quotes, as '{job="node",instance=~"web-.*"}', or '{}' for every group`)
+			continue
+		}
+		groups = append(groups, m)
+	}
+	return groups
+}
+
 // emptyTokens are the digests of what a wrong command hashes instead of a token.
 var emptyTokens = [][sha256.Size]byte{sha256.Sum256(nil), sha256.Sum256([]byte("\n"))}
 
-// readToken returns the token with the digest in text, or what is wrong with that. A token
-// is for one entry; and of a client for nothing else.
-func readToken(text fileText, section, clients *section) (*token, string) {
+// token returns the token with the digest in text, or what is wrong with that. A token is for
+// one entry; and of a client or a pusher for nothing else.
+func (c *checker) token(text fileText, section, first *section) (*token, string) {
 	t := &token{}
 	b, err := hex.DecodeString(string(text))
 	if err != nil || len(b) != sha256.Size {
@@ -247,9 +287,9 @@ func readToken(text fileText, section, clients *section) (*token, string) {
 	if other := section.find(t.digest); other != nil {
 		return nil, fmt.Sprintf("stands there before, for identity %q", other.entry.identity)
 	}
-	if clients != nil {
-		if other := clients.find(t.digest); other != nil {
-			return nil, fmt.Sprintf("is that of the clients' identity %q: a client must not scrape or list", other.entry.identity)
+	if first != nil {
+		if other := first.find(t.digest); other != nil {
+			return nil, fmt.Sprintf("is that of the %s' identity %q: %s", sectionOf(c.role.faces[0]), other.entry.identity, c.role.apart)
 		}
 	}
 	return t, ""
@@ -261,13 +301,10 @@ var (
 	syntaxLine  = regexp.MustCompile(`^yaml: (line \d+): `)
 	formFault   = regexp.MustCompile(`(?s)^(line \d+): (field|key|cannot unmarshal) .*?(not found in type \S+|already set in \S+.*|into \S+)$`)
 	wantedForms = map[string]string{
-		"into access.file":                    "want clients, scrapers and listers",
-		"into []access.fileEntry":             "want a list of entries, or the word " + anyone,
-		"into access.fileFields":              "want an entry, which has fields",
-		"into []access.fileText":              "want a list of texts",
-		"into string":                         "want one text",
-		"not found in type access.file":       "unknown field: want clients, scrapers and listers",
-		"not found in type access.fileFields": "unknown field: an entry has identity, names, san, username and token_sha256",
+		"into []access.fileEntry": "want a list of entries, or the word " + anyone,
+		"into access.fileFields":  "want an entry, which has fields",
+		"into []access.fileText":  "want a list of texts",
+		"into string":             "want one text",
 	}
 )
 
@@ -283,16 +320,23 @@ func syntax(err error) error {
 }
 
 // form returns what can be shown of a fault that yaml.v2 found.
-func form(s string) string {
+func (c *checker) form(s string) string {
 	m := formFault.FindStringSubmatch(s)
 	if m == nil {
 		return "not of the form that is wanted"
 	}
-	if want, ok := wantedForms[m[3]]; ok {
-		return m[1] + ": " + want
+	want := "not of the form that is wanted"
+	switch known, ok := wantedForms[m[3]]; {
+	case ok:
+		want = known
+	case m[3] == "into access.proxyFile", m[3] == "into access.gatewayFile":
+		want = "want " + c.role.sections("and")
+	case m[3] == "not found in type access.proxyFile", m[3] == "not found in type access.gatewayFile":
+		want = "unknown field: want " + c.role.sections("and")
+	case m[3] == "not found in type access.fileFields":
+		want = "unknown field: an entry has identity, " + c.role.scope + ", san, username and token_sha256"
+	case strings.HasPrefix(m[3], "already set"):
+		want = "a field stands there twice"
 	}
-	if strings.HasPrefix(m[3], "already set") {
-		return m[1] + ": a field stands there twice"
-	}
-	return m[1] + ": not of the form that is wanted"
+	return m[1] + ": " + want
 }

@@ -29,8 +29,8 @@ func (g *Guard) last() contentID {
 
 func (g *Guard) read() ([]byte, error) { return os.ReadFile(g.path) }
 
-func (g *Guard) parse(content []byte) (*rules, error) {
-	next, err := parseFile(content)
+func (g *Guard) parse(content []byte) (rules, error) {
+	next, err := parseFile(g.role, content)
 	if err != nil {
 		return nil, fmt.Errorf("use %s: %w", g.path, err)
 	}
@@ -47,7 +47,7 @@ func (g *Guard) Reload() error {
 	defer g.mu.Unlock()
 	content, err := g.read()
 	g.tried = fingerprint(content, err)
-	var next *rules
+	var next rules
 	if err == nil {
 		next, err = g.parse(content)
 	}
@@ -62,8 +62,11 @@ func (g *Guard) Reload() error {
 	}
 	g.used = g.tried
 	g.use(next)
-	g.logger.Info("Auth file in use", "file", g.path,
-		"clients", next.clients.size(), "scrapers", next.scrapers.size(), "listers", next.listers.size())
+	sizes := []any{"file", g.path}
+	for _, face := range g.role.faces {
+		sizes = append(sizes, sectionOf(face), next.section(face).size())
+	}
+	g.logger.Info("Auth file in use", sizes...)
 	if g.onChange != nil {
 		g.onChange()
 	}
