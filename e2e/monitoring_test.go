@@ -125,7 +125,7 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
   honor_labels: true
   http_sd_configs: [{url: %[6]s/sd, refresh_interval: 1s}]
 - job_name: promferry-gateway
-  metric_relabel_configs: [{source_labels: [exported_job], regex: "", action: keep}]
+  params: {"match[]": ['{job=""}']}
   static_configs: [{targets: [%[7]q]}]
 - job_name: page
   honor_labels: true
