@@ -7,19 +7,22 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/promferry/promferry/e2e/real"
 )
 
 // TestMonitoring runs every alert rule and every query of the dashboards against a Prometheus
 // that has all of promferry in it: nodes that are pushed and pulled, some of them down, batch
-// jobs, an outbox, the proxy and expire.
+// jobs, an outbox, the proxy, expire, and a gateway for each way in which one is scraped.
 func TestMonitoring(t *testing.T) {
 	t.Parallel()
 	root, err := real.Root()
@@ -30,9 +33,10 @@ func TestMonitoring(t *testing.T) {
 	p := startMonitored(t, rules)
 
 	t.Run("rules", func(t *testing.T) { checkRules(t, p, rules) })
+	t.Run("nodes on gateways", func(t *testing.T) { checkGatewayNodes(t, p) })
 	files, err := filepath.Glob(filepath.Join(root, "monitoring", "dashboards", "*.json"))
-	if err != nil || len(files) != 3 {
-		t.Fatalf("%d dashboards, want 3: %v", len(files), err)
+	if err != nil || len(files) != 4 {
+		t.Fatalf("%d dashboards, want 4: %v", len(files), err)
 	}
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) { checkDashboard(t, p, file) })
@@ -69,7 +73,7 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
 	exporter := startExporter(t).URL + "/metrics"
 	proxy := serveFerry("proxy", "--state.dir="+filepath.Join(dir, "proxy"), "--web.config.file="+webConfig)
 	expire := serveFerry("expire", "--push.url="+gateway.URL, "--sweep.interval=1s")
-	ours := serveFerry("gateway")
+	targets, page := startGateway(t), startGateway(t) // One for each way to scrape it.
 
 	// web-1 lives, with a target of each kind that is down, a Pushgateway and a proxy that are away.
 	agent := startAgent(t, "--instance=web-1", "--fqdn=web-1", "--push.http-config="+httpConfig,
@@ -80,6 +84,17 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
 	dead := startAgent(t, "--instance=web-2", "--push.target=node="+exporter, "--push.url="+gateway.URL, "--push.expires-after=3s")
 	dead.waitSum(t, above(0), "promferry_forwarder_puts_total")
 	dead.Kill()
+
+	// On each gateway one node lives and one dies, and so does its batch job.
+	for prefix, g := range map[string]*real.Gateway{"target-": targets, "page-": page} {
+		startAgent(t, "--instance="+prefix+"lives", "--push.url="+g.URL, "--push.target=node="+exporter, "--push.target=broken="+away+"/metrics")
+		dies := startAgent(t, "--instance="+prefix+"dies", "--push.url="+g.URL, "--push.target=node="+exporter, "--push.expires-after=3s")
+		put(t, g, "/metrics/job/backup/instance/"+prefix+"dies", "batch_job_last_success 1\n")
+		put(t, g, "/metrics/job/report", "report_rows 3\n") // Has no instance.
+		dies.waitSum(t, above(0), "promferry_forwarder_puts_total")
+		dies.Kill()
+	}
+	pushEachSecond(t, targets.URL+"/metrics/job/busy/instance/target-lives", "rows 3\n")
 
 	jobs := batchHost{gateways: []string{gateway.URL, away}, stateDir: agent.stateDir}
 	const limits = `echo "batch_job_late_after_seconds 604800" >>"$PROMFERRY_METRICS_FILE"
@@ -101,21 +116,56 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
   static_configs: [{targets: [%q]}]
 - job_name: promferry-expire
   static_configs: [{targets: [%q]}]
-- job_name: promferry-gateway
-  honor_labels: true
-  static_configs: [{targets: [%q]}]
 - job_name: promferry
   static_configs: [{targets: [%q], labels: {instance: web-1}}]
 - job_name: pulled
   proxy_url: %s
+  http_sd_configs: [{url: %[5]s/sd, refresh_interval: 1s}]
+- job_name: groups
+  honor_labels: true
   http_sd_configs: [{url: %[6]s/sd, refresh_interval: 1s}]
+- job_name: promferry-gateway
+  params: {"match[]": ['{job=""}']}
+  static_configs: [{targets: [%[7]q]}]
+- job_name: page
+  honor_labels: true
+  static_configs: [{targets: [%q], labels: {job: promferry-gateway}}]
 rule_files: [%q]
-`, gateway.Addr, proxy.Addr, expire.Addr, ours.Addr, agent.Addr, proxy.URL, rules))
+`, gateway.Addr, proxy.Addr, expire.Addr, agent.Addr, proxy.URL, targets.URL, targets.Addr, page.Addr, rules))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Kill)
 	return p
+}
+
+// pushEachSecond puts a text to a group each second until the test ends, so that there are
+// writes to a gateway's disk.
+func pushEachSecond(t *testing.T, url, text string) {
+	tick := time.NewTicker(time.Second)
+	var pushing sync.WaitGroup
+	pushing.Go(func() {
+		for {
+			select {
+			case <-tick.C:
+			case <-t.Context().Done():
+				return
+			}
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, url, strings.NewReader(text))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			// One that fails is missed in the dashboard.
+			if resp, err := http.DefaultClient.Do(req); err == nil {
+				_ = resp.Body.Close()
+			}
+		}
+	})
+	t.Cleanup(func() {
+		tick.Stop()
+		pushing.Wait()
+	})
 }
 
 // A rule is what Prometheus tells of one that it has loaded.
@@ -212,6 +262,47 @@ func checkRules(t *testing.T, p *real.PrometheusServer, file string) {
 		}
 		return fmt.Errorf("the job that failed is not among %+v", rules)
 	})
+}
+
+// checkGatewayNodes checks which nodes of gateways NodeDown and ExporterDown are for, however
+// their groups are scraped: with the expressions of the rules, and 5 s where they have 90.
+func checkGatewayNodes(t *testing.T, p *real.PrometheusServer) {
+	rules, err := loadedRules(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const alive = "instance:promferry_alive:group"
+	queries := make(map[string]string)
+	for _, r := range rules {
+		queries[r.Name] = strings.ReplaceAll(r.Query, "[1m30s]", "[5s]")
+	}
+	for name, want := range map[string][]string{
+		"NodeDown":     {"node page-dies", "node target-dies"},
+		"ExporterDown": {"broken page-lives", "broken target-lives"},
+	} {
+		promql := strings.ReplaceAll(queries[name], alive, "("+queries[alive]+")")
+		if strings.Count(promql, "[5s]") != 4 {
+			t.Fatalf("%s: not the windows that were looked for: %s", name, promql)
+		}
+		wait(t, name, func(ctx context.Context) error {
+			samples, err := p.Query(ctx, promql)
+			if err != nil {
+				return err
+			}
+			var got []string
+			for _, s := range samples {
+				if instance := s.Labels["instance"]; strings.HasPrefix(instance, "target-") || strings.HasPrefix(instance, "page-") {
+					got = append(got, s.Labels["job"]+" "+instance)
+				}
+			}
+			if slices.Sort(got); !slices.Equal(got, want) {
+				return fmt.Errorf("%v, want %v", got, want)
+			}
+			return nil
+		})
+	}
+	// Series of a group without an instance have none, and its target's up has the gateway's.
+	waitData(t, p, `report_rows{job="report",instance=""} and on () (up{job="report",instance!=""} == 1)`)
 }
 
 var (

@@ -213,9 +213,15 @@ func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 	return prepare(key, families, r.Method == http.MethodPost), nil
 }
 
-// all answers a scrape of all groups. It is always text: Prometheus refuses all of a page in
-// protobuf for one native histogram that is wrong.
+// all answers a scrape of all groups, or of those that the query selects, with the gateway's own
+// metrics. It is always text: Prometheus refuses all of a page in protobuf for one native
+// histogram that is wrong.
 func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
+	matchers, err := matchersOf(r)
+	if err != nil {
+		refuse(w, asRefusal(err))
+		return
+	}
 	scheme := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...).ToEscapingScheme()
 	p := newPage(scheme)
 	own, err := g.config.Gatherer.Gather()
@@ -233,9 +239,13 @@ func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
 	}
 	now := time.Now()
 	for _, s := range g.store.states(now) {
-		p.state(s, now)
+		if matchers == nil || selected(matchers, s.group.key) {
+			p.state(s, now)
+		}
 	}
-	g.metrics.leftOut.Set(float64(p.leftOut))
+	if matchers == nil {
+		g.metrics.leftOut.Set(float64(p.leftOut))
+	}
 	body, done := packed(w, r)
 	w.Header().Set("Content-Type", string(expfmt.FmtText.WithEscapingScheme(scheme)))
 	_ = p.write(body)

@@ -49,7 +49,11 @@ func newMetrics(reg prometheus.Registerer, store *Store) *metrics {
 	for _, result := range results {
 		m.pushes[result] = pushes.WithLabelValues(result)
 	}
-	reg.MustRegister(pushes, m.duration, m.leftOut, collector{store})
+	limit := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "promferry_gateway_limit_groups", Help: "How many groups there may be (--limit.groups).",
+	})
+	limit.Set(float64(store.config.MaxGroups))
+	reg.MustRegister(pushes, m.duration, m.leftOut, limit, collector{store})
 	return m
 }
 
