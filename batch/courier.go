@@ -243,7 +243,9 @@ func (c *Courier) DeliverAll(ctx context.Context, g Gateway) Delivery {
 		if ok {
 			d.RetryAfter = max(d.RetryAfter, se.RetryAfter)
 		}
-		if !ok || se.Code != http.StatusInternalServerError { // That one may be for this push alone.
+		// A Pushgateway that fails may do so for this push alone, and a gateway may know these
+		// credentials for other groups.
+		if !ok || se.Code != http.StatusInternalServerError && se.Code != http.StatusForbidden {
 			break
 		}
 	}

@@ -160,14 +160,15 @@ func TestDeliverAll(t *testing.T) {
 		asked, waiting      int
 		failed              bool
 	}{
-		"all is well":                            {answer: nil, delivered: 6, asked: 6},
-		"away: asked once":                       {answer: away, asked: 1, waiting: 6, failed: true},
-		"refused connection: asked once":         {answer: func(string) error { return syscall.ECONNREFUSED }, asked: 1, waiting: 6, failed: true},
-		"who asks is wrong: asked once":          {answer: func(string) error { return &pushgw.StatusError{Code: 401} }, asked: 1, waiting: 6, failed: true},
-		"one group breaks it: the others go":     {answer: failing("add b", &pushgw.StatusError{Code: 500}), delivered: 4, asked: 5, waiting: 2, failed: true},
-		"one push is refused: set aside":         {answer: failing("add b 1", refused), delivered: 5, rejected: 1, asked: 6},
-		"one push is too large: set aside":       {answer: failing("add b 1", &pushgw.StatusError{Code: 413}), delivered: 5, rejected: 1, asked: 6},
-		"everything is refused: all of it aside": {answer: func(string) error { return refused }, rejected: 6, asked: 6},
+		"all is well":                                   {answer: nil, delivered: 6, asked: 6},
+		"away: asked once":                              {answer: away, asked: 1, waiting: 6, failed: true},
+		"refused connection: asked once":                {answer: func(string) error { return syscall.ECONNREFUSED }, asked: 1, waiting: 6, failed: true},
+		"who asks is wrong: asked once":                 {answer: func(string) error { return &pushgw.StatusError{Code: 401} }, asked: 1, waiting: 6, failed: true},
+		"one group may not be pushed to: the others go": {answer: failing("add b", &pushgw.StatusError{Code: 403}), delivered: 4, asked: 5, waiting: 2, failed: true},
+		"one group breaks it: the others go":            {answer: failing("add b", &pushgw.StatusError{Code: 500}), delivered: 4, asked: 5, waiting: 2, failed: true},
+		"one push is refused: set aside":                {answer: failing("add b 1", refused), delivered: 5, rejected: 1, asked: 6},
+		"one push is too large: set aside":              {answer: failing("add b 1", &pushgw.StatusError{Code: 413}), delivered: 5, rejected: 1, asked: 6},
+		"everything is refused: all of it aside":        {answer: func(string) error { return refused }, rejected: 6, asked: 6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := &fakeGateway{name: "http://g", answer: test.answer}

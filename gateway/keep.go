@@ -20,7 +20,8 @@ type record struct {
 	Content      *content      `json:"content,omitempty"`
 	ExpiresAfter time.Duration `json:"expires_after_ns,omitempty"`
 	// Pushed is exact for what does not expire, and for what is silent.
-	Pushed      time.Time `json:"pushed,omitzero"`
+	Pushed time.Time `json:"pushed,omitzero"`
+	// Failed, RefusedAt and Refusal are there for what does not expire.
 	Failed      time.Time `json:"failed,omitzero"`
 	RefusedAt   time.Time `json:"refused_at,omitzero"`
 	Refusal     string    `json:"refusal,omitempty"`
@@ -52,11 +53,10 @@ func (s *state) mark(now time.Time) mark {
 
 func (s *state) record(now time.Time) change {
 	r := record{
-		Job: s.group.key.Job, Labels: s.group.key.Labels, ExpiresAfter: s.expiresAfter, Pushed: s.pushed,
-		Failed: s.failed, RefusedAt: s.refusedAt, Refusal: s.refusal, DownSince: s.downSince,
+		Job: s.group.key.Job, Labels: s.group.key.Labels, ExpiresAfter: s.expiresAfter, Pushed: s.pushed, DownSince: s.downSince,
 	}
 	if s.durable {
-		r.Content = s.content
+		r.Content, r.Failed, r.RefusedAt, r.Refusal = s.content, s.failed, s.refusedAt, s.refusal
 	}
 	if s.silent(now) {
 		r.SilentSince = s.silentFrom

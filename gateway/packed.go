@@ -81,7 +81,7 @@ func (p packedText) gzip(tail []byte) []byte {
 	}
 	b = append(b, lastBlock...)
 	b = binary.LittleEndian.AppendUint32(b, crc32.Update(p.Sum, crc32.IEEETable, tail))
-	return binary.LittleEndian.AppendUint32(b, uint32((p.Size+len(tail))%(1<<32))) // So RFC 1952 has it.
+	return binary.LittleEndian.AppendUint32(b, uint32(p.Size+len(tail))) //nolint:gosec // Modulo 2^32 in RFC 1952.
 }
 
 var inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}

@@ -422,6 +422,7 @@ func TestGatewayFileFaults(t *testing.T) {
 				"pushers[0] (web): groups[2]: " + matchers,
 				"pushers[0] (web): groups[3]: " + matchers,
 				"pushers[0] (web): groups[4]: " + matchers,
+				"pushers[0] (web): groups[5]: " + matchers,
 				"pushers[0] (web): groups[6]: " + matchers,
 			},
 		},

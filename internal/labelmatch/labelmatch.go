@@ -5,6 +5,8 @@ package labelmatch
 import (
 	"errors"
 	"fmt"
+	"regexp"
+	"strings"
 
 	"github.com/prometheus/alertmanager/pkg/labels"
 )
@@ -13,16 +15,32 @@ import (
 // and selects everything. They are never changed.
 type Matchers struct{ matchers labels.Matchers }
 
-// Parse reads matchers, as {job="node",instance=~"web-.*"}. Braces, and quotes where nothing
-// has to be quoted, may be left out. Regular expressions match whole values. A label that a
-// set does not have is the empty text. {} selects everything; an empty text is an error.
+var (
+	quoted = regexp.MustCompile(`"([^"\\]|\\.)*"`)
+	cut    = regexp.MustCompile(`[=~]\s*(,|\}|$)`)
+)
+
+// Parse reads matchers, as {job="node",instance=~"web-.*"}. Both braces, and quotes where
+// nothing has to be quoted, may be left out. Regular expressions match whole values. A label
+// that a set does not have is the empty text. {} selects everything; an empty text is an error,
+// and so is one that seems to be cut, or to lack a value: it would select more than was meant.
 func Parse(s string) (Matchers, error) {
-	if s == "" {
-		return Matchers{}, errors.New(`no matchers: want one as {job="node",instance=~"web-.*"}`)
-	}
-	parsed, err := labels.ParseMatchers(s)
-	if err != nil {
+	fault := func(err error) (Matchers, error) {
 		return Matchers{}, fmt.Errorf(`%q: %w: want one as {job="node",instance=~"web-.*"}`, s, err)
+	}
+	text := strings.TrimSpace(s)
+	bare := quoted.ReplaceAllString(text, "x")
+	switch {
+	case text == "":
+		return fault(errors.New("no matchers"))
+	case strings.HasPrefix(bare, "{") != strings.HasSuffix(bare, "}"):
+		return fault(errors.New("a brace is missing"))
+	case cut.MatchString(bare):
+		return fault(errors.New(`a value is missing; the empty one is ""`))
+	}
+	parsed, err := labels.ParseMatchers(text)
+	if err != nil {
+		return fault(err)
 	}
 	return Matchers{parsed}, nil
 }

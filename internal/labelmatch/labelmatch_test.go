@@ -16,6 +16,9 @@ func TestMatch(t *testing.T) {
 		{`{job!="node"}`, false},
 		{`{instance!~"db-.*"}`, true},
 		{`{shard=""}`, true},
+		{` {job="node", } `, true},
+		{`{job!="=}",instance=~"web-[1-3]|,="}`, true},
+		{`{job!="\\"}`, true},
 		{`{shard=~".+"}`, false},
 		{`{job="node",instance="db-1"}`, false},
 	} {
@@ -31,7 +34,7 @@ func TestMatch(t *testing.T) {
 }
 
 func TestParseFaults(t *testing.T) {
-	for _, s := range []string{"", "job", `{job="a}`, `{instance=~"("}`, `{1job="a"}`, "{\xff=\"a\"}"} {
+	for _, s := range []string{"", " ", "job", `{job="a}`, `{job="a"`, `{job="a",`, `job="a"}`, "{", "}", "{job=", "{job=}", "job=", "job=~", "job=a,instance=", `{job= ,instance="a"}`, `{instance=~"("}`, `{1job="a"}`, "{\xff=\"a\"}"} {
 		if m, err := Parse(s); err == nil {
 			t.Errorf("Parse(%q) is %s, want an error", s, m)
 		}
