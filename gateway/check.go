@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
@@ -104,21 +105,13 @@ func checkValue(m *dto.Metric, typ dto.MetricType) string {
 		ok = m.Untyped != nil
 	case dto.MetricType_SUMMARY:
 		ok = m.Summary != nil
-		seen := make(map[float64]bool)
-		for _, q := range m.GetSummary().GetQuantile() {
-			if seen[q.GetQuantile()] {
-				return fmt.Sprintf("the quantile %v comes twice", q.GetQuantile())
-			}
-			seen[q.GetQuantile()] = true
+		if q, twice := twice(m.GetSummary().GetQuantile(), (*dto.Quantile).GetQuantile); twice {
+			return fmt.Sprintf("the quantile %v comes twice", q)
 		}
 	case dto.MetricType_HISTOGRAM:
 		ok = m.Histogram != nil
-		seen := make(map[float64]bool)
-		for _, b := range m.GetHistogram().GetBucket() {
-			if seen[b.GetUpperBound()] {
-				return fmt.Sprintf("the bucket up to %v comes twice", b.GetUpperBound())
-			}
-			seen[b.GetUpperBound()] = true
+		if bound, twice := twice(m.GetHistogram().GetBucket(), (*dto.Bucket).GetUpperBound); twice {
+			return fmt.Sprintf("the bucket up to %v comes twice", bound)
 		}
 	default: // checkFamily has refused it.
 	}
@@ -126,6 +119,22 @@ func checkValue(m *dto.Metric, typ dto.MetricType) string {
 		return "it is not a " + typeName(typ)
 	}
 	return ""
+}
+
+// twice returns the number that two of list have in common. Unlike in Go NaN is one number in a
+// text.
+func twice[T any](list []T, number func(T) float64) (float64, bool) {
+	seen := make(map[float64]bool, len(list))
+	hasNaN := false
+	for _, one := range list {
+		n := number(one)
+		if seen[n] || hasNaN && math.IsNaN(n) {
+			return n, true
+		}
+		seen[n] = true
+		hasNaN = hasNaN || math.IsNaN(n)
+	}
+	return 0, false
 }
 
 // setLabels gives a series the labels of the grouping key, and an empty instance where it has
@@ -137,13 +146,18 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 	isSet := func(name string) bool {
 		return slices.ContainsFunc(grouping, func(l *dto.LabelPair) bool { return l.GetName() == name })
 	}
+	var replaced []string
 	for _, l := range m.GetLabel() {
 		switch {
+		case slices.Contains(replaced, l.GetName()):
+			return fmt.Sprintf("the label %q comes twice", l.GetName())
+		case isSet(l.GetName()): // That of the key replaces it.
+			replaced = append(replaced, l.GetName())
 		case !validLabel(l.GetName()):
 			return fmt.Sprintf("%q is no name of a label", l.GetName())
 		case !utf8.ValidString(l.GetValue()):
 			return fmt.Sprintf("the value of the label %q is not UTF-8", l.GetName())
-		case l.GetValue() != "" && !isSet(l.GetName()):
+		case l.GetValue() != "":
 			labels = append(labels, l)
 		}
 	}

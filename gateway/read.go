@@ -85,7 +85,7 @@ func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries i
 	var families []*dto.MetricFamily
 	var err error
 	if isProtobuf(contentType) {
-		families, _, err = exposition.Read(ctx, b, exposition.Protobuf.ContentType())
+		families, err = exposition.ParseProtobuf(ctx, b)
 	} else {
 		if n := sampleLines(b); n > maxSeries {
 			return nil, tooManySeries(n, maxSeries)
@@ -93,8 +93,6 @@ func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries i
 		families, err = readText(ctx, b)
 	}
 	switch {
-	case errors.Is(err, exposition.ErrEmpty):
-		return nil, nil
 	case errors.Is(err, exposition.ErrTooLarge):
 		return nil, &Refusal{Status: http.StatusRequestEntityTooLarge, Reason: reasonSize, Text: err.Error()}
 	case errors.Is(err, context.DeadlineExceeded):

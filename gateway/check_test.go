@@ -1,0 +1,88 @@
+package gateway
+
+import (
+	"math"
+	"net/http"
+	"testing"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+)
+
+const pushGroup = "/metrics/job/j"
+
+func pushProtobuf(t *testing.T, g *Gateway, method string, families ...*dto.MetricFamily) (status int) {
+	t.Helper()
+	return ask(g, method, pushGroup, delimited(t, families...), "Content-Type", string(expfmt.FmtProtoDelim)).Code
+}
+
+// TestTwice has numbers that are the same in a text.
+func TestTwice(t *testing.T) {
+	otherNaN := math.Float64frombits(0x7ff8000000000002)
+	for _, test := range []struct {
+		a, b   float64
+		status int
+	}{
+		{1, 2, http.StatusOK},
+		{1, 1, http.StatusBadRequest},
+		{0, math.Copysign(0, -1), http.StatusBadRequest},
+		{math.NaN(), math.NaN(), http.StatusBadRequest},
+		{math.NaN(), otherNaN, http.StatusBadRequest},
+		{math.Inf(1), math.Inf(1), http.StatusBadRequest},
+	} {
+		histogram := &dto.MetricFamily{Name: new("h"), Type: dto.MetricType_HISTOGRAM.Enum(), Metric: []*dto.Metric{{Histogram: &dto.Histogram{
+			Bucket: []*dto.Bucket{{UpperBound: new(test.a)}, {UpperBound: new(test.b)}},
+		}}}}
+		summary := &dto.MetricFamily{Name: new("s"), Type: dto.MetricType_SUMMARY.Enum(), Metric: []*dto.Metric{{Summary: &dto.Summary{
+			Quantile: []*dto.Quantile{{Quantile: new(test.a)}, {Quantile: new(test.b)}},
+		}}}}
+		for _, family := range []*dto.MetricFamily{histogram, summary} {
+			if status := pushProtobuf(t, newTest(nil), http.MethodPut, family); status != test.status {
+				t.Errorf("%s, %v and %v: status %d, want %d", family.GetName(), test.a, test.b, status, test.status)
+			}
+		}
+	}
+}
+
+// TestReplacedLabel has a label that is wrong, and that the grouping key replaces.
+func TestReplacedLabel(t *testing.T) {
+	g := newTest(nil)
+	if status := pushProtobuf(t, g, http.MethodPut, gauge("a", "job", "\xff")); status != http.StatusOK {
+		t.Errorf("status %d", status)
+	}
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "\na{instance=\"\",job=\"j\"} 1\n")
+	if status := pushProtobuf(t, g, http.MethodPut, gauge("a", "job", "1", "job", "2")); status != http.StatusBadRequest {
+		t.Errorf("it comes twice: status %d", status)
+	}
+}
+
+// TestEmptyFamily has families without series: they are checked, and replace those of their
+// name, as in a push that has others as well.
+func TestEmptyFamily(t *testing.T) {
+	g := newTest(nil)
+	put(t, g, pushGroup, "a 1\nb 1\n")
+	empty := func(name string, typ dto.MetricType) *dto.MetricFamily {
+		return &dto.MetricFamily{Name: &name, Type: typ.Enum()}
+	}
+	for _, wrong := range []*dto.MetricFamily{empty("", dto.MetricType_GAUGE), empty("g", dto.MetricType_GAUGE_HISTOGRAM)} {
+		if status := pushProtobuf(t, g, http.MethodPost, wrong); status != http.StatusBadRequest {
+			t.Errorf("%v: status %d", wrong, status)
+		}
+	}
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "\na{", "\nb{")
+	if status := pushProtobuf(t, g, http.MethodPost, empty("a", dto.MetricType_GAUGE)); status != http.StatusOK {
+		t.Errorf("status %d", status)
+	}
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "!\na{", "\nb{")
+}
+
+// TestEscapedAt has clients that escape the @ in a path.
+func TestEscapedAt(t *testing.T) {
+	g := newTest(nil)
+	put(t, g, "/metrics/job%40base64/YS9i/l%40base64/Yy9k", "a 1\n")
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "\na{instance=\"\",job=\"a/b\",l=\"c/d\"} 1\n")
+	want(t, ask(g, http.MethodGet, "/groups/job@base64/YS9i/l@base64/Yy9k/metrics", ""), http.StatusOK, "\na{")
+	for _, path := range []string{"/metrics/job%40base65/YS9i", "/metrics/jobs/j", "/metrics/job%2Fj", "/metrics/job"} {
+		want(t, ask(g, http.MethodPut, path, "a 1\n"), http.StatusNotFound)
+	}
+}
