@@ -1,8 +1,12 @@
 package gateway
 
 import (
+	"fmt"
 	"math"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
 	"testing"
 
 	dto "github.com/prometheus/client_model/go"
@@ -85,4 +89,47 @@ func TestEscapedAt(t *testing.T) {
 	for _, path := range []string{"/metrics/job%40base65/YS9i", "/metrics/jobs/j", "/metrics/job%2Fj", "/metrics/job"} {
 		want(t, ask(g, http.MethodPut, path, "a 1\n"), http.StatusNotFound)
 	}
+}
+
+// TestUnescaped has a client that does not escape what it should, beside a slash that it does.
+func TestUnescaped(t *testing.T) {
+	for _, raw := range []string{"#", "{", "ü", `"`} {
+		g := newTest(nil)
+		r := httptest.NewRequest(http.MethodPut, "http://hub/", strings.NewReader("a 1\n"))
+		u, err := url.ParseRequestURI("/metrics/job/a%2Fb/l/" + raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.URL = u
+		w := httptest.NewRecorder()
+		g.ServeHTTP(w, r)
+		want(t, w, http.StatusOK)
+		want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `a{instance="",job="a/b",l="`+escapeValue.Replace(raw)+`"} 1`)
+	}
+}
+
+// TestLabels has as many labels as there may be, and more, in each way that they can come.
+func TestLabels(t *testing.T) {
+	for n, status := range map[int]int{maxLabels: http.StatusOK, maxLabels + 1: http.StatusUnprocessableEntity, 10000: http.StatusUnprocessableEntity} {
+		var text, quoted strings.Builder
+		family := gauge("a")
+		for i := range n {
+			fmt.Fprintf(&text, ",l%d= \"\\\"=\\\\\"", i)
+			fmt.Fprintf(&quoted, ",\"l.%d\"=\"1\"", i)
+			family.Metric[0].Label = append(family.Metric[0].Label, &dto.LabelPair{Name: new(fmt.Sprint("l", i)), Value: new("1")})
+		}
+		for _, line := range []string{"a{" + text.String()[1:] + "} 1\n", "{\"a.b\"" + quoted.String() + "} 1\n"} {
+			want(t, ask(newTest(nil), http.MethodPut, pushGroup, line), status)
+			if err := checkLines([]byte(line), 1); (err == nil) != (status == http.StatusOK) {
+				t.Errorf("%d labels, before they are read: %v", n, err)
+			}
+		}
+		if got := pushProtobuf(t, newTest(nil), http.MethodPut, family); got != status {
+			t.Errorf("%d labels in protobuf: status %d, want %d", n, got, status)
+		}
+	}
+	g := newTest(nil)
+	put(t, g, "/metrics/job/"+strings.Repeat("j", maxKeyBytes-len("/job/")), "a 1\n")
+	w := ask(g, http.MethodPut, "/metrics/job/"+strings.Repeat("j", maxKeyBytes-len("/job/")+1), "a 1\n")
+	want(t, w, http.StatusRequestURITooLong, "4097 bytes in the path, and may have 4096")
 }

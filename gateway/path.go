@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"encoding/base64"
 	"fmt"
 	"maps"
@@ -16,6 +17,13 @@ import (
 
 const base64Suffix = "@base64"
 
+// maxKeyBytes is how long a grouping key may be in a path. All its labels stand in each series.
+const maxKeyBytes = 4096
+
+// escapedPath returns the path as it came. URL.EscapedPath escapes one anew that has a byte
+// which the client should have escaped, and a slash that was escaped is then one like others.
+func escapedPath(u *url.URL) string { return cmp.Or(u.RawPath, u.EscapedPath()) }
+
 // isGroupPath tells whether an escaped path is that of a group: it begins with
 // /metrics/job/ or /metrics/job@base64/. Some clients escape the @.
 func isGroupPath(path string) bool {
@@ -29,6 +37,12 @@ func isGroupPath(path string) bool {
 // /job@base64/. A label that comes twice has its last value. A label without a value is, as
 // everywhere in Prometheus, no label. Errors are *Refusal.
 func parseKey(path string) (pushgw.GroupingKey, error) {
+	if len(path) > maxKeyBytes {
+		return pushgw.GroupingKey{}, &Refusal{
+			Status: http.StatusRequestURITooLong, Reason: reasonPath,
+			Text: fmt.Sprintf("the grouping key has %d bytes in the path, and may have %d", len(path), maxKeyBytes),
+		}
+	}
 	segments := strings.Split(strings.TrimPrefix(path, "/"), "/")
 	if len(segments)%2 != 0 {
 		return pushgw.GroupingKey{}, badPath("odd number of components in label string %q: want name/value pairs, as in /job/backup/instance/web-1", "/"+strings.Join(segments[min(2, len(segments)):], "/"))
