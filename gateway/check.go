@@ -212,10 +212,12 @@ func hasControl(name string) bool {
 func collision(families []family) error {
 	byName := make(map[string]dto.MetricType, len(families))
 	for _, f := range families {
-		byName[f.name] = f.typ
+		if f.series > 0 { // Others are not kept.
+			byName[f.name] = f.typ
+		}
 	}
 	for _, f := range families {
-		if base := collidesWith(f.name, byName); base != "" {
+		if base := collidesWith(f.name, byName); f.series > 0 && base != "" {
 			return inconsistent("family %q: the %s %q has series of this name", f.name, typeName(byName[base]), base)
 		}
 	}

@@ -78,6 +78,14 @@ func TestEmptyFamily(t *testing.T) {
 		t.Errorf("status %d", status)
 	}
 	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "!\na{", "\nb{")
+	for _, families := range [][]*dto.MetricFamily{
+		{empty("x", dto.MetricType_HISTOGRAM), gauge("x_sum")},
+		{empty("b_sum", dto.MetricType_GAUGE), {Name: new("b"), Type: dto.MetricType_SUMMARY.Enum(), Metric: []*dto.Metric{{Summary: &dto.Summary{}}}}},
+	} {
+		if status := pushProtobuf(t, g, http.MethodPut, families...); status != http.StatusOK {
+			t.Errorf("%v: status %d", families, status)
+		}
+	}
 }
 
 // TestEscapedAt has clients that escape the @ in a path.
