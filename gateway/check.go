@@ -14,9 +14,9 @@ import (
 	"github.com/promferry/promferry/pushgw"
 )
 
-// maxLabels is how many labels a series may have in a push. The parser of texts, which reads
-// pushes, and what was pushed when it is listed or escaped, takes time that grows with the
-// square of their number: 12 s for 10,000. Real series have some 60 at most.
+// maxLabels is how many labels a series may have, with those of its grouping key. The parser of
+// texts, which reads pushes, and what was pushed when it is listed or escaped, takes time that
+// grows with the square of their number: 12 s for 10,000.
 const maxLabels = 200
 
 // check makes families ready to be rendered: it sets the labels of the key in each series, and
@@ -71,7 +71,7 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 	seen := make(map[string]struct{}, len(family.GetMetric()))
 	var key []byte
 	for _, m := range family.GetMetric() {
-		if n := len(m.GetLabel()); n > maxLabels {
+		if n := len(m.GetLabel()) + len(grouping); n > maxLabels {
 			return tooManyLabels(n)
 		}
 		fault := setLabels(m, grouping, reserved)
@@ -254,7 +254,7 @@ func inconsistent(format string, args ...any) error {
 func tooManyLabels(n int) error {
 	return &Refusal{
 		Status: http.StatusUnprocessableEntity, Reason: reasonSize,
-		Text: fmt.Sprintf("a series has %d labels, and may have %d", n, maxLabels),
+		Text: fmt.Sprintf("a series has %d labels, those of the grouping key among them, and may have %d", n, maxLabels),
 	}
 }
 
