@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"regexp"
 	"slices"
@@ -114,7 +115,9 @@ var (
 
 // sendable tells whether an HTTP client can send it, and whether it is for a group.
 func (p oraclePush) sendable() bool {
-	return sendableKey.MatchString(p.key) && sendableHeader.MatchString(p.typ) && sendableHeader.MatchString(p.encoding) && len(p.body) <= 64<<10
+	path, _, _ := strings.Cut(p.key, "?")
+	_, err := url.PathUnescape(path) // net/http refuses others.
+	return err == nil && sendableKey.MatchString(p.key) && sendableHeader.MatchString(p.typ) && sendableHeader.MatchString(p.encoding) && len(p.body) <= 64<<10
 }
 
 // An oracle has both gateways.
