@@ -223,7 +223,7 @@ func (m maker) labelName() string {
 
 func (m maker) value() string {
 	if m.rarely(8) {
-		return pick(m, "", "\\", "\"", "\n", "a\\nb", "\t", "\r", "\x00", "\x7f", "\xff", "\xed\xa0\x80", "\u2028", "\ufeff", "{}", ",", "=", "#", " ", "  x  ", strings.Repeat("v", 3000))
+		return pick(m, "", "", "", "", "\\", "\"", "\n", "a\\nb", "\t", "\r", "\x00", "\x7f", "\xff", "\xed\xa0\x80", "\u2028", "\ufeff", "{}", ",", "=", "#", " ", "  x  ", strings.Repeat("v", 3000))
 	}
 	return pick(m, oracleValues...)
 }
