@@ -38,6 +38,8 @@ var gatewayDifferences = map[string]string{
 	"nameless":    "A family without a name is refused.",
 	"gaugehisto":  "Gauge histograms are refused in protobuf as they are in text.",
 	"names":       "Names are UTF-8, in text and protobuf.",
+	"negative":    "A histogram with a negative count is refused.",
+	"fractions":   "Counts of a histogram may be fractions.",
 	"help":        "A HELP that is not UTF-8 is mended.",
 	"snappy":      "Snappy is unpacked, and encodings are known in capitals.",
 	"base64":      "A job in bad base64 blocks nobody.",
@@ -155,6 +157,7 @@ func gatewayCases(t *testing.T) []gatewayCase {
 		{name: "slash in percent", requests: put1("/metrics/job/j/path/%2Fvar%2Ftmp", "a 1\n"), status: 301, differs: "slash", ours: 200},
 		{name: "percent", requests: put1("/metrics/job/j/l/a%20b%C3%BC", "a 1\n"), status: 200},
 		{name: "base64", requests: put1("/metrics/job@base64/L3Zhci90bXA/path@base64/L3Zhci90bXA=", "a 1\n"), status: 200},
+		{name: "@ in percent", requests: put1("/metrics/job%40base64/YWJj/l%40base64/L3Zhci90bXA", "a 1\n"), status: 200},
 		{name: "empty value", requests: put1("/metrics/job/j/l@base64/=", "a 1\n"), status: 200, differs: "empty", ours: 200},
 		{name: "value not UTF-8", requests: put1("/metrics/job/j/l/%ff%fe", "a 1\n"), status: 400, differs: "utf8", ours: 400},
 		{name: "job not UTF-8", requests: put1("/metrics/job/%ff", "a 1\n"), status: 400, differs: "utf8", ours: 400},
@@ -184,12 +187,15 @@ func gatewayCases(t *testing.T) []gatewayCase {
 		{name: "quantile and a gauge", requests: put1("/metrics/job/j/quantile/0.9", "a 1\n"), status: 200},
 		{name: "le and a histogram", requests: put1("/metrics/job/j/le/0.9", histogram), status: 200, differs: "le", ours: 400},
 		{name: "le and a gauge", requests: put1("/metrics/job/j/le/0.9", "a 1\n"), status: 200},
+		{name: "negative count", requests: put1(contractGroup, "# TYPE h histogram\nh_bucket{le=\"+Inf\"} -1\nh_count -1\n"), status: 200, differs: "negative", ours: 400},
+		{name: "fractional count", requests: put1(contractGroup, "# TYPE h histogram\nh_bucket{le=\"+Inf\"} 3.5\nh_count 3.5\n"), status: 200, differs: "fractions", ours: 200},
 		{name: "family called labels", requests: put1(contractGroup, "labels 1\n"), status: 200, differs: "labelsnamed", ours: 200},
 		{name: "partial content type", requests: []gatewayRequest{{typ: "application/vnd.google.protobuf", body: delimited(untyped("a"))}}, status: 400},
 		{name: "protobuf", requests: []gatewayRequest{{typ: protobufType, body: delimited(untyped("a"), untyped("b"))}}, status: 200},
 		{name: "protobuf duplicate", requests: []gatewayRequest{{typ: protobufType, body: delimited(&dto.MetricFamily{
 			Name: new("a"), Type: dto.MetricType_UNTYPED.Enum(), Metric: append(untyped("a").Metric, untyped("a").Metric...),
 		})}}, status: 400},
+		{name: "protobuf empty family by POST", requests: append(put1(contractGroup, "a 1\nb 1\n"), gatewayRequest{method: "POST", typ: protobufType, body: delimited(&dto.MetricFamily{Name: new("a")})}), status: 200, differs: "empty push", ours: 200},
 		{name: "JSON is text", requests: []gatewayRequest{{typ: "application/json", body: "a 1\n"}}, status: 200},
 		{name: "protobuf label name with a colon", requests: []gatewayRequest{{typ: protobufType, body: delimited(untyped("a", "b:c", "1"))}}, status: 400},
 	}
@@ -365,6 +371,9 @@ func converse(t *testing.T, g *real.Gateway, requests []gatewayRequest) outcome 
 			line += fmt.Sprintf(" %s %s", name, group.Families[name].Type)
 			for _, m := range group.Families[name].Metrics {
 				line += fmt.Sprintf(" %v", m.Labels)
+				if !strings.HasPrefix(name, "push_") { // Times differ.
+					line += " " + m.Value + m.Count
+				}
 			}
 		}
 		lines = append(lines, line)

@@ -53,7 +53,7 @@ func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamil
 	var err error
 	switch format.FormatType() {
 	case expfmt.TypeProtoDelim:
-		families, err = readProtobuf(ctx, b)
+		families, err = ParseProtobuf(ctx, b)
 	case expfmt.TypeTextPlain:
 		families, left, err = readText(ctx, b)
 	default:
@@ -68,9 +68,9 @@ func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamil
 	return families, left, nil
 }
 
-// readProtobuf reads families that each have their length in front. The lengths are
-// checked against b before anything is allocated for them.
-func readProtobuf(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
+// ParseProtobuf reads families that each have their length in front, as they are. The lengths
+// are checked against b before anything is allocated for them.
+func ParseProtobuf(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	elements := 0
 	var families []*dto.MetricFamily
 	for read := 0; read < len(b); {

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
@@ -12,6 +13,11 @@ import (
 
 	"github.com/promferry/promferry/pushgw"
 )
+
+// maxLabels is how many labels a series may have, with those of its grouping key. The parser of
+// texts, which reads pushes, and what was pushed when it is listed or escaped, takes time that
+// grows with the square of their number: 12 s for 10,000.
+const maxLabels = 200
 
 // check makes families ready to be rendered: it sets the labels of the key in each series, and
 // sorts. It refuses, with what was wrong, all that a Pushgateway refuses within one push, and
@@ -65,6 +71,9 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 	seen := make(map[string]struct{}, len(family.GetMetric()))
 	var key []byte
 	for _, m := range family.GetMetric() {
+		if n := len(m.GetLabel()) + len(grouping); n > maxLabels {
+			return tooManyLabels(n)
+		}
 		fault := setLabels(m, grouping, reserved)
 		if fault == "" {
 			fault = checkValue(m, family.GetType())
@@ -104,21 +113,13 @@ func checkValue(m *dto.Metric, typ dto.MetricType) string {
 		ok = m.Untyped != nil
 	case dto.MetricType_SUMMARY:
 		ok = m.Summary != nil
-		seen := make(map[float64]bool)
-		for _, q := range m.GetSummary().GetQuantile() {
-			if seen[q.GetQuantile()] {
-				return fmt.Sprintf("the quantile %v comes twice", q.GetQuantile())
-			}
-			seen[q.GetQuantile()] = true
+		if q, twice := twice(m.GetSummary().GetQuantile(), (*dto.Quantile).GetQuantile); twice {
+			return fmt.Sprintf("the quantile %v comes twice", q)
 		}
 	case dto.MetricType_HISTOGRAM:
 		ok = m.Histogram != nil
-		seen := make(map[float64]bool)
-		for _, b := range m.GetHistogram().GetBucket() {
-			if seen[b.GetUpperBound()] {
-				return fmt.Sprintf("the bucket up to %v comes twice", b.GetUpperBound())
-			}
-			seen[b.GetUpperBound()] = true
+		if bound, twice := twice(m.GetHistogram().GetBucket(), (*dto.Bucket).GetUpperBound); twice {
+			return fmt.Sprintf("the bucket up to %v comes twice", bound)
 		}
 	default: // checkFamily has refused it.
 	}
@@ -126,6 +127,22 @@ func checkValue(m *dto.Metric, typ dto.MetricType) string {
 		return "it is not a " + typeName(typ)
 	}
 	return ""
+}
+
+// twice returns the number that two of list have in common. Unlike in Go NaN is one number in a
+// text.
+func twice[T any](list []T, number func(T) float64) (float64, bool) {
+	seen := make(map[float64]bool, len(list))
+	hasNaN := false
+	for _, one := range list {
+		n := number(one)
+		if seen[n] || hasNaN && math.IsNaN(n) {
+			return n, true
+		}
+		seen[n] = true
+		hasNaN = hasNaN || math.IsNaN(n)
+	}
+	return 0, false
 }
 
 // setLabels gives a series the labels of the grouping key, and an empty instance where it has
@@ -137,13 +154,18 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 	isSet := func(name string) bool {
 		return slices.ContainsFunc(grouping, func(l *dto.LabelPair) bool { return l.GetName() == name })
 	}
+	var replaced []string
 	for _, l := range m.GetLabel() {
 		switch {
+		case slices.Contains(replaced, l.GetName()):
+			return fmt.Sprintf("the label %q comes twice", l.GetName())
+		case isSet(l.GetName()): // That of the key replaces it.
+			replaced = append(replaced, l.GetName())
 		case !validLabel(l.GetName()):
 			return fmt.Sprintf("%q is no name of a label", l.GetName())
 		case !utf8.ValidString(l.GetValue()):
 			return fmt.Sprintf("the value of the label %q is not UTF-8", l.GetName())
-		case l.GetValue() != "" && !isSet(l.GetName()):
+		case l.GetValue() != "":
 			labels = append(labels, l)
 		}
 	}
@@ -190,10 +212,12 @@ func hasControl(name string) bool {
 func collision(families []family) error {
 	byName := make(map[string]dto.MetricType, len(families))
 	for _, f := range families {
-		byName[f.name] = f.typ
+		if f.series > 0 { // Others are not kept.
+			byName[f.name] = f.typ
+		}
 	}
 	for _, f := range families {
-		if base := collidesWith(f.name, byName); base != "" {
+		if base := collidesWith(f.name, byName); f.series > 0 && base != "" {
 			return inconsistent("family %q: the %s %q has series of this name", f.name, typeName(byName[base]), base)
 		}
 	}
@@ -224,6 +248,13 @@ func inconsistent(format string, args ...any) error {
 	return &Refusal{
 		Status: http.StatusBadRequest, Reason: reasonInconsistent,
 		Text: "pushed metrics are invalid or inconsistent: " + fmt.Sprintf(format, args...),
+	}
+}
+
+func tooManyLabels(n int) error {
+	return &Refusal{
+		Status: http.StatusUnprocessableEntity, Reason: reasonSize,
+		Text: fmt.Sprintf("a series has %d labels, those of the grouping key among them, and may have %d", n, maxLabels),
 	}
 }
 

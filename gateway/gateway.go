@@ -88,7 +88,7 @@ const writeTime = 30 * time.Second
 // what is pushed goes where the path says, or nowhere.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(3*bodyTime + parseTime + writeTime))
-	path := r.URL.EscapedPath()
+	path := escapedPath(r.URL)
 	switch {
 	case isGroupPath(path):
 		g.group(w, r, strings.TrimPrefix(path, "/metrics"))

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"encoding/base64"
 	"fmt"
 	"maps"
@@ -16,20 +17,42 @@ import (
 
 const base64Suffix = "@base64"
 
+// maxKeyBytes is how long a grouping key may be in a path. All its labels stand in each series.
+const maxKeyBytes = 4096
+
+// escapedPath returns the path as it came. URL.EscapedPath escapes one anew that has a byte
+// which the client should have escaped, and a slash that was escaped is then one like others.
+func escapedPath(u *url.URL) string { return cmp.Or(u.RawPath, u.EscapedPath()) }
+
 // isGroupPath tells whether an escaped path is that of a group: it begins with
-// /metrics/job/ or /metrics/job@base64/.
+// /metrics/job/ or /metrics/job@base64/. Some clients escape the @.
 func isGroupPath(path string) bool {
-	rest, ok := strings.CutPrefix(path, "/metrics/job")
-	return ok && strings.HasPrefix(strings.TrimPrefix(rest, base64Suffix), "/")
+	rest, ok := strings.CutPrefix(path, "/metrics/")
+	name, _, hasValue := strings.Cut(rest, "/")
+	name, err := url.PathUnescape(name)
+	return ok && hasValue && err == nil && strings.TrimSuffix(name, base64Suffix) == model.JobLabel
 }
 
 // parseKey returns the grouping key that an escaped path names, which begins with /job/ or
 // /job@base64/. A label that comes twice has its last value. A label without a value is, as
 // everywhere in Prometheus, no label. Errors are *Refusal.
 func parseKey(path string) (pushgw.GroupingKey, error) {
+	if len(path) > maxKeyBytes {
+		return pushgw.GroupingKey{}, &Refusal{
+			Status: http.StatusRequestURITooLong, Reason: reasonPath,
+			Text: fmt.Sprintf("the grouping key has %d bytes in the path, and may have %d", len(path), maxKeyBytes),
+		}
+	}
 	segments := strings.Split(strings.TrimPrefix(path, "/"), "/")
 	if len(segments)%2 != 0 {
 		return pushgw.GroupingKey{}, badPath("odd number of components in label string %q: want name/value pairs, as in /job/backup/instance/web-1", "/"+strings.Join(segments[min(2, len(segments)):], "/"))
+	}
+	for i := 0; i < len(segments); i += 2 {
+		name, err := url.PathUnescape(segments[i])
+		if err != nil {
+			return pushgw.GroupingKey{}, badPath("%v", err)
+		}
+		segments[i] = name
 	}
 	job, err := segmentValue(model.JobLabel, segments[0], segments[1])
 	if err != nil {
@@ -40,11 +63,7 @@ func parseKey(path string) (pushgw.GroupingKey, error) {
 	}
 	labels := make(map[string]string)
 	for i := 2; i < len(segments); i += 2 {
-		name, err := url.PathUnescape(segments[i])
-		if err != nil {
-			return pushgw.GroupingKey{}, badPath("%v", err)
-		}
-		name = strings.TrimSuffix(name, base64Suffix)
+		name := strings.TrimSuffix(segments[i], base64Suffix)
 		if !validLabel(name) || !model.LegacyValidation.IsValidLabelName(name) {
 			return pushgw.GroupingKey{}, badPath("improper label name %q: letters, digits and _ make one, a digit not at the begin, nor two _", name)
 		}

@@ -118,16 +118,14 @@ func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries i
 	var families []*dto.MetricFamily
 	var err error
 	if isProtobuf(contentType) {
-		families, _, err = exposition.Read(ctx, b, exposition.Protobuf.ContentType())
+		families, err = exposition.ParseProtobuf(ctx, b)
 	} else {
-		if n := sampleLines(b); n > maxSeries {
-			return nil, tooManySeries(n, maxSeries)
+		if err := checkLines(b, maxSeries); err != nil {
+			return nil, err
 		}
 		families, err = readText(ctx, b)
 	}
 	switch {
-	case errors.Is(err, exposition.ErrEmpty):
-		return nil, nil
 	case errors.Is(err, exposition.ErrTooLarge):
 		return nil, &Refusal{Status: http.StatusRequestEntityTooLarge, Reason: reasonSize, Text: err.Error()}
 	case errors.Is(err, context.DeadlineExceeded):
@@ -153,12 +151,43 @@ func isProtobuf(contentType string) bool {
 		params["proto"] == "io.prometheus.client.MetricFamily" && params["encoding"] == "delimited"
 }
 
-// sampleLines counts the lines of a text that have a sample.
-func sampleLines(b []byte) int {
-	n := 0
+// checkLines refuses a text that has too many samples, or one with too many labels, before
+// that costs anything.
+func checkLines(b []byte, maxSeries int) error {
+	samples := 0
 	for line := range bytes.Lines(b) {
-		if line = bytes.TrimLeft(line, " \t"); len(line) > 0 && line[0] != '#' && line[0] != '\n' {
-			n++
+		line = bytes.TrimLeft(line, " \t")
+		if len(line) == 0 || line[0] == '#' || line[0] == '\n' {
+			continue
+		}
+		samples++
+		if n := labelsIn(line); n > maxLabels {
+			return tooManyLabels(n)
+		}
+	}
+	if samples > maxSeries {
+		return tooManySeries(samples, maxSeries)
+	}
+	return nil
+}
+
+// labelsIn counts the labels in a line with a sample: the strings that follow a =.
+func labelsIn(line []byte) int {
+	if len(line) < maxLabels*len(`l=""`) {
+		return 0 // Not too many.
+	}
+	n, quoted, before := 0, false, byte(0)
+	for i := 0; i < len(line); i++ {
+		switch c := line[i]; {
+		case c == '"':
+			if !quoted && before == '=' {
+				n++
+			}
+			quoted = !quoted
+		case quoted && c == '\\':
+			i++
+		case !quoted && c != ' ' && c != '\t':
+			before = c
 		}
 	}
 	return n

@@ -48,7 +48,7 @@ func targetPath(g *group) string { return "/groups" + g.path + "/metrics" }
 // target answers a scrape of one group: what was pushed there, without what Prometheus makes of
 // each scrape itself.
 func (g *Gateway) target(w http.ResponseWriter, r *http.Request) {
-	path := strings.TrimSuffix(strings.TrimPrefix(r.URL.EscapedPath(), "/groups"), "/metrics")
+	path := strings.TrimSuffix(strings.TrimPrefix(escapedPath(r.URL), "/groups"), "/metrics")
 	key, err := parseKey(path)
 	if err != nil {
 		refuse(w, asRefusal(err))
