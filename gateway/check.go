@@ -212,12 +212,12 @@ func hasControl(name string) bool {
 func collision(families []family) error {
 	byName := make(map[string]dto.MetricType, len(families))
 	for _, f := range families {
-		if f.series > 0 { // Others are not kept.
+		if len(f.text) > 0 { // Others are not kept.
 			byName[f.name] = f.typ
 		}
 	}
 	for _, f := range families {
-		if base := collidesWith(f.name, byName); f.series > 0 && base != "" {
+		if base := collidesWith(f.name, byName); len(f.text) > 0 && base != "" {
 			return inconsistent("family %q: the %s %q has series of this name", f.name, typeName(byName[base]), base)
 		}
 	}

@@ -41,7 +41,7 @@ func TestTwice(t *testing.T) {
 			Quantile: []*dto.Quantile{{Quantile: new(test.a)}, {Quantile: new(test.b)}},
 		}}}}
 		for _, family := range []*dto.MetricFamily{histogram, summary} {
-			if status := pushProtobuf(t, newTest(nil), http.MethodPut, family); status != test.status {
+			if status := pushProtobuf(t, newTest(t, nil), http.MethodPut, family); status != test.status {
 				t.Errorf("%s, %v and %v: status %d, want %d", family.GetName(), test.a, test.b, status, test.status)
 			}
 		}
@@ -50,7 +50,7 @@ func TestTwice(t *testing.T) {
 
 // TestReplacedLabel has a label that is wrong, and that the grouping key replaces.
 func TestReplacedLabel(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	if status := pushProtobuf(t, g, http.MethodPut, gauge("a", "job", "\xff")); status != http.StatusOK {
 		t.Errorf("status %d", status)
 	}
@@ -63,7 +63,7 @@ func TestReplacedLabel(t *testing.T) {
 // TestEmptyFamily has families without series: they are checked, and replace those of their
 // name, as in a push that has others as well.
 func TestEmptyFamily(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	put(t, g, pushGroup, "a 1\nb 1\n")
 	empty := func(name string, typ dto.MetricType) *dto.MetricFamily {
 		return &dto.MetricFamily{Name: &name, Type: typ.Enum()}
@@ -90,7 +90,7 @@ func TestEmptyFamily(t *testing.T) {
 
 // TestEscapedAt has clients that escape the @ in a path.
 func TestEscapedAt(t *testing.T) {
-	g := newTest(nil)
+	g := newTest(t, nil)
 	put(t, g, "/metrics/job%40base64/YS9i/l%40base64/Yy9k", "a 1\n")
 	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "\na{instance=\"\",job=\"a/b\",l=\"c/d\"} 1\n")
 	want(t, ask(g, http.MethodGet, "/groups/job@base64/YS9i/l@base64/Yy9k/metrics", ""), http.StatusOK, "\na{")
@@ -102,7 +102,7 @@ func TestEscapedAt(t *testing.T) {
 // TestUnescaped has a client that does not escape what it should, beside a slash that it does.
 func TestUnescaped(t *testing.T) {
 	for _, raw := range []string{"#", "{", "ü", `"`} {
-		g := newTest(nil)
+		g := newTest(t, nil)
 		r := httptest.NewRequest(http.MethodPut, "http://hub/", strings.NewReader("a 1\n"))
 		u, err := url.ParseRequestURI("/metrics/job/a%2Fb/l/" + raw)
 		if err != nil {
@@ -127,16 +127,16 @@ func TestLabels(t *testing.T) {
 			family.Metric[0].Label = append(family.Metric[0].Label, &dto.LabelPair{Name: new(fmt.Sprint("l", i)), Value: new("1")})
 		}
 		for _, line := range []string{"a{" + text.String()[1:] + "} 1\n", "{\"a.b\"" + quoted.String() + "} 1\n"} {
-			want(t, ask(newTest(nil), http.MethodPut, pushGroup, line), status)
+			want(t, ask(newTest(t, nil), http.MethodPut, pushGroup, line), status)
 			if err := checkLines([]byte(line), 1); (err == nil) != (n <= maxLabels) {
 				t.Errorf("%d labels, before they are read: %v", n, err)
 			}
 		}
-		if got := pushProtobuf(t, newTest(nil), http.MethodPut, family); got != status {
+		if got := pushProtobuf(t, newTest(t, nil), http.MethodPut, family); got != status {
 			t.Errorf("%d labels in protobuf: status %d, want %d", n, got, status)
 		}
 	}
-	g := newTest(nil)
+	g := newTest(t, nil)
 	put(t, g, "/metrics/job/"+strings.Repeat("j", maxKeyBytes-len("/job/")), "a 1\n")
 	w := ask(g, http.MethodPut, "/metrics/job/"+strings.Repeat("j", maxKeyBytes-len("/job/")+1), "a 1\n")
 	want(t, w, http.StatusRequestURITooLong, "4097 bytes in the path, and may have 4096")

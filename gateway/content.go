@@ -64,11 +64,10 @@ func render(b *bytes.Buffer, families []*dto.MetricFamily) ([]family, error) {
 	rendered := make([]family, 0, len(families))
 	ends := make([]int, 0, len(families))
 	for _, f := range families {
-		if len(f.GetMetric()) == 0 {
-			continue
-		}
-		if _, err := expfmt.MetricFamilyToText(b, f); err != nil {
-			return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+		if len(f.GetMetric()) > 0 { // Others have no text. An add removes with them what there was.
+			if _, err := expfmt.MetricFamilyToText(b, f); err != nil {
+				return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+			}
 		}
 		one := family{name: f.GetName(), typ: f.GetType(), quoted: isQuoted(f)}
 		if isNative(f) {
@@ -195,7 +194,7 @@ const maxExpiry = 1e9
 
 // newContent makes a content of rendered families, which it copies.
 func newContent(families []family) *content {
-	families = slices.Clone(families)
+	families = slices.DeleteFunc(slices.Clone(families), func(f family) bool { return len(f.text) == 0 })
 	slices.SortFunc(families, func(a, b family) int { return strings.Compare(a.name, b.name) })
 	c := &content{}
 	var own []byte
