@@ -240,12 +240,16 @@ func TestReadEndsWithItsContext(t *testing.T) {
 // TestReadRefusesMoreThanItCanHold has expositions of few bytes and many series.
 func TestReadRefusesMoreThanItCanHold(t *testing.T) {
 	series := bytes.Repeat([]byte{0x22, 0}, 8_000_001) // Field 4, metric, empty.
-	for contentType, body := range map[string][]byte{
-		protobufType: append(protowire.AppendVarint(nil, uint64(len(series))), series...),
-		"text/plain": bytes.Repeat([]byte("a 1\n"), 2_000_001),
+	for name, tc := range map[string]struct {
+		contentType string
+		body        []byte
+	}{
+		"series":   {protobufType, append(protowire.AppendVarint(nil, uint64(len(series))), series...)},
+		"families": {protobufType, make([]byte, 8_000_001)},
+		"text":     {"text/plain", bytes.Repeat([]byte("a 1\n"), 2_000_001)},
 	} {
-		if _, _, err := exposition.Read(t.Context(), body, contentType); !errors.Is(err, exposition.ErrTooLarge) {
-			t.Errorf("%s: got %v", contentType, err)
+		if _, _, err := exposition.Read(t.Context(), tc.body, tc.contentType); !errors.Is(err, exposition.ErrTooLarge) {
+			t.Errorf("%s: got %v", name, err)
 		}
 	}
 }

@@ -71,17 +71,24 @@ func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamil
 // ParseProtobuf reads families that each have their length in front, as they are. The lengths
 // are checked against b before anything is allocated for them.
 func ParseProtobuf(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
-	elements := 0
+	if len(b) > uncounted {
+		elements := 0
+		for read := 0; read < len(b); {
+			message, n := protowire.ConsumeBytes(b[read:])
+			if n < 0 {
+				break // Which is told below.
+			}
+			if elements += 1 + count(message, familyType); elements > maxElements {
+				return nil, fmt.Errorf("%w: more than %d families, labels, values and strings", ErrTooLarge, maxElements)
+			}
+			read += n
+		}
+	}
 	var families []*dto.MetricFamily
 	for read := 0; read < len(b); {
 		message, n := protowire.ConsumeBytes(b[read:])
 		if n < 0 {
 			return nil, fmt.Errorf("read protobuf at byte %d: %w", read, io.ErrUnexpectedEOF)
-		}
-		if len(b) > uncounted {
-			if elements += count(message, familyType); elements > maxElements {
-				return nil, fmt.Errorf("%w: more than %d labels, values and strings", ErrTooLarge, maxElements)
-			}
 		}
 		if err := ctx.Err(); err != nil {
 			return nil, err

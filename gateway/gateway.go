@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
 
+	"github.com/promferry/promferry/exposition"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -209,6 +210,12 @@ func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 	families, err := readFamilies(r.Context(), b.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
 	if err != nil {
 		return nil, err
+	}
+	if n := exposition.Samples(families); int64(n*len(labelText(key))) > g.config.MaxBodyBytes {
+		return nil, &Refusal{
+			Status: http.StatusRequestEntityTooLarge, Reason: reasonSize,
+			Text: fmt.Sprintf("with the labels of the grouping key in each of its %d series the text would be larger than %d bytes (--limit.body-bytes)", n, g.config.MaxBodyBytes),
+		}
 	}
 	return prepare(key, families, r.Method == http.MethodPost), nil
 }

@@ -43,6 +43,21 @@ func TestLimits(t *testing.T) {
 			t.Fatal(test.name)
 		}
 	}
+	longKey := "/metrics/job/j/l/" + strings.Repeat("x", 500)
+	for _, test := range []struct {
+		name, path, body string
+		headers          []string
+		status           int
+		part             string
+	}{
+		{"families without series", group, "# TYPE a gauge\n # TYPE b gauge\n#TYPE c gauge\n# TYPE d gauge\n", nil, http.StatusUnprocessableEntity, "the push has 4 families"},
+		{"families without series, protobuf", group, strings.Repeat("\x00", 4), []string{"Content-Type", string(expfmt.FmtProtoDelim)}, http.StatusUnprocessableEntity, "the push has 4 families"},
+		{"text with the labels", longKey, "a 1\nb 1\n", nil, http.StatusRequestEntityTooLarge, "in each of its 2 series"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			want(t, ask(g, http.MethodPut, test.path, test.body, test.headers...), test.status, test.part)
+		})
+	}
 	put(t, g, "/metrics/job/k", "a 1\nb 1\nc 1\n")
 	want(t, ask(g, http.MethodPut, "/metrics/job/l", "a 1\n"), http.StatusTooManyRequests, "--limit.groups")
 	want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK, `a{instance="",job="j"} 1`, "!b{")

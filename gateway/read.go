@@ -136,6 +136,9 @@ func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries i
 	if n := exposition.Samples(families); n > maxSeries {
 		return nil, tooManySeries(n, maxSeries)
 	}
+	if n := len(families); n > maxSeries {
+		return nil, tooManyFamilies(n, maxSeries)
+	}
 	return families, nil
 }
 
@@ -154,10 +157,13 @@ func isProtobuf(contentType string) bool {
 // checkLines refuses a text that has too many samples, or one with too many labels, before
 // that costs anything.
 func checkLines(b []byte, maxSeries int) error {
-	samples := 0
+	samples, types := 0, 0
 	for line := range bytes.Lines(b) {
 		line = bytes.TrimLeft(line, " \t")
 		if len(line) == 0 || line[0] == '#' || line[0] == '\n' {
+			if bytes.HasPrefix(bytes.TrimLeft(bytes.TrimPrefix(line, []byte{'#'}), " \t"), []byte("TYPE")) {
+				types++
+			}
 			continue
 		}
 		samples++
@@ -168,7 +174,17 @@ func checkLines(b []byte, maxSeries int) error {
 	if samples > maxSeries {
 		return tooManySeries(samples, maxSeries)
 	}
+	if types > maxSeries {
+		return tooManyFamilies(types, maxSeries)
+	}
 	return nil
+}
+
+func tooManyFamilies(n, most int) error {
+	return &Refusal{
+		Status: http.StatusUnprocessableEntity, Reason: reasonSeries,
+		Text: fmt.Sprintf("the push has %d families, and a group may have %d series (--limit.group-series)", n, most),
+	}
 }
 
 // labelsIn counts the labels in a line with a sample: the strings that follow a =.
