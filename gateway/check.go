@@ -78,7 +78,7 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 		if fault == "" {
 			fault = checkValue(m, family.GetType())
 		}
-		if fault == "" {
+		if fault == "" && len(family.GetMetric()) > 1 {
 			key = key[:0]
 			for _, l := range m.GetLabel() {
 				key = append(key, l.GetName()...)
@@ -210,9 +210,10 @@ func hasControl(name string) bool {
 // collision returns the two families of which one has the name of a series of the other, a
 // summary or a histogram: in a text nobody can tell which of them a sample belongs to.
 func collision(families []family) error {
-	byName := make(map[string]dto.MetricType, len(families))
+	byName := make(map[string]dto.MetricType)
 	for _, f := range families {
-		if len(f.text) > 0 { // Others are not kept.
+		// Families without series are not kept, and no others have series of other names.
+		if len(f.text) > 0 && (f.typ == dto.MetricType_SUMMARY || f.typ == dto.MetricType_HISTOGRAM) {
 			byName[f.name] = f.typ
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/klauspost/compress/gzip"
@@ -26,6 +27,9 @@ const (
 	parseTime = 30 * time.Second
 )
 
+// gunzippers are used again: a new one allocates some 40 KiB.
+var gunzippers = sync.Pool{New: func() any { return new(gzip.Reader) }}
+
 // readBody reads the body of a push into b, unpacked. Done is to be called when b is not needed
 // any more.
 func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) (done func(), err error) {
@@ -37,8 +41,9 @@ func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buff
 	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
 	switch encoding {
 	case "gzip":
-		z, err := gzip.NewReader(body)
-		if err != nil {
+		z := gunzippers.Get().(*gzip.Reader)
+		defer gunzippers.Put(z)
+		if err := z.Reset(body); err != nil {
 			return done, g.bodyFault(encoding, err)
 		}
 		body = z
