@@ -121,7 +121,7 @@ type crashGroup struct {
 func (g *crashGroup) last() groupState { return g.states[len(g.states)-1] }
 
 // next begins a change, and returns the request for it. Number tells it from all others.
-func (g *crashGroup) next(random *rand.Rand, number int) (method, body string) {
+func (g *crashGroup) next(random *rand.Rand, number int, durable bool) (method, body string) {
 	old := g.last()
 	next := groupState{families: make(map[string]float64), begun: time.Now()}
 	names := []string{"a", "b", "c"}[:1+random.IntN(3)]
@@ -137,7 +137,7 @@ func (g *crashGroup) next(random *rand.Rand, number int) (method, body string) {
 		if random.IntN(4) == 0 {
 			names = append(slices.Clone(names), "large")
 		}
-		if random.IntN(5) == 0 {
+		if random.IntN(5) == 0 && !durable {
 			names = append(slices.Clone(names), expiresAfterName)
 		}
 	}
@@ -175,6 +175,8 @@ type pusher struct {
 	client *http.Client
 	// local is the address of the last connection.
 	local net.Addr
+	// durable tells that none of the groups ever expires.
+	durable bool
 }
 
 func newPushers(pushers, groups int) []*pusher {
@@ -201,7 +203,7 @@ func newPushers(pushers, groups int) []*pusher {
 func (p *pusher) push(t *testing.T, url string) (*crashGroup, error) {
 	p.number++
 	g := p.groups[p.random.IntN(len(p.groups))]
-	method, body := g.next(p.random, p.number)
+	method, body := g.next(p.random, p.number, p.durable)
 	req, err := http.NewRequestWithContext(t.Context(), method, url+"/metrics/job/crash/instance/"+g.instance, strings.NewReader(body))
 	if err != nil {
 		return nil, err
@@ -223,12 +225,7 @@ func (p *pusher) push(t *testing.T, url string) (*crashGroup, error) {
 // TestGatewayKilled kills a gateway again and again while many push to it. What was answered is
 // there after each restart; of what was not, either all or nothing.
 func TestGatewayKilled(t *testing.T) {
-	dir := t.TempDir()
-	server, err := real.Serve(t.Context(), "", real.Command{Path: promferry(t), Args: []string{"gateway", "--state.dir=" + dir}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { server.Kill() })
+	server := startGatewayAt(t, t.TempDir())
 	const kills = 30
 	random := rand.New(rand.NewPCG(2, 3))
 	pushers := newPushers(16, 3)
@@ -257,51 +254,64 @@ func TestGatewayKilled(t *testing.T) {
 		if _, err := server.Get(t.Context(), "/-/ready"); err != nil {
 			t.Fatalf("kill %d: %v", kill, err)
 		}
-		sd, err := server.Get(t.Context(), "/sd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		page, err := server.Get(t.Context(), "/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
-		got, err := servedGroups(sd, page)
-		if err != nil {
-			t.Fatalf("kill %d: %v", kill, err)
-		}
-		for _, p := range pushers {
-			p.client.CloseIdleConnections()
-			for _, g := range p.groups {
-				pushes += len(g.states) - 1
-				is, before := g.last(), groupState{}
-				err := is.check(got[g.instance])
-				if g.inFlight {
-					inFlight++
-					before = g.states[len(g.states)-2]
-					is.answered = killed
-					if err = is.check(got[g.instance]); err == nil {
-						taken++
-					} else if errBefore := before.check(got[g.instance]); errBefore == nil {
-						is, err = before, nil
-					} else {
-						err = fmt.Errorf("%w; or: %w", errBefore, err)
-					}
-				}
-				if err != nil {
-					t.Errorf("kill %d: group %s: %v", kill, g.instance, err)
-				}
-				if is.expires() {
-					is.families = make(map[string]float64) // They went with the process.
-				}
-				g.states, g.inFlight = []groupState{is}, false
-			}
-		}
+		a, b, c := checkGroups(t, server, pushers, killed)
+		pushes, inFlight, taken = pushes+a, inFlight+b, taken+c
 		if t.Failed() {
 			t.Fatalf("the log:\n%s", tail(server.Stderr(), 4<<10))
 		}
 	}
-	t.Logf("%d kills: %d pushes answered, %d in flight, of which %d were taken", kills, pushes-inFlight, inFlight, taken)
+	t.Logf("%d kills: %d pushes answered, %d in flight, of which %d were taken", kills, pushes, inFlight, taken)
 	if inFlight < 4*kills || taken == 0 || taken == inFlight {
 		t.Error("the kills did not hit what they were to hit")
 	}
+}
+
+// checkGroups checks that a gateway that has restarted has what was answered before the old one
+// ended, or what was begun then. It returns how many pushes were answered, how many were begun
+// and not answered, and how many of these it has taken.
+func checkGroups(t *testing.T, server *real.Gateway, pushers []*pusher, ended time.Time) (answered, inFlight, taken int) {
+	t.Helper()
+	sd, err := server.Get(t.Context(), "/sd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := server.Get(t.Context(), "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := servedGroups(sd, page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pushers {
+		p.client.CloseIdleConnections()
+		for _, g := range p.groups {
+			answered += len(g.states) - 1
+			is := g.last()
+			if g.inFlight {
+				answered--
+				inFlight++
+				is.answered = ended
+			}
+			err := is.check(got[g.instance])
+			switch before := g.states[max(len(g.states)-2, 0)]; {
+			case g.inFlight && err == nil:
+				taken++
+			case g.inFlight:
+				if errBefore := before.check(got[g.instance]); errBefore != nil {
+					err = fmt.Errorf("%w; or: %w", errBefore, err)
+				} else {
+					is, err = before, nil
+				}
+			}
+			if err != nil {
+				t.Errorf("group %s: %v", g.instance, err)
+			}
+			if is.expires() {
+				is.families = make(map[string]float64) // They went with the process.
+			}
+			g.states, g.inFlight = []groupState{is}, false
+		}
+	}
+	return answered, inFlight, taken
 }

@@ -5,6 +5,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -449,4 +450,219 @@ func openAfter(t *testing.T, dir string) (map[string]*servedGroup, error) {
 		return nil, errors.New(log.String())
 	}
 	return groups, nil
+}
+
+// newDisk mounts an empty disk of 16 MB.
+func newDisk(t *testing.T) (image, dir string) {
+	t.Helper()
+	image, dir = filepath.Join(t.TempDir(), "image"), filepath.Join(t.TempDir(), "disk")
+	makeDisk(t, image)
+	mount(t, image, dir)
+	return image, dir
+}
+
+// startGatewayAt starts a gateway with its state in a directory.
+func startGatewayAt(t *testing.T, dir string) *real.Gateway {
+	t.Helper()
+	s, err := real.Serve(t.Context(), "", real.Command{Path: promferry(t), Args: []string{"gateway", "--state.dir=" + dir}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Kill() })
+	return &real.Gateway{Server: s}
+}
+
+// fillDisk takes all the room that there is, with a file that it returns.
+func fillDisk(t *testing.T, dir string) string {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(dir, "fill"), os.O_CREATE|os.O_WRONLY|os.O_SYNC, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, size := range []int{1 << 20, 1 << 16, 4096} { // What is written late may free something.
+		for err = nil; err == nil; {
+			_, err = f.Write(make([]byte, size))
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			t.Fatalf("filled the disk: %v", err)
+		}
+	}
+	return f.Name()
+}
+
+// incompressible is a text that takes as many bytes on a disk, about.
+func incompressible(random *rand.Rand, bytes int) string {
+	var text strings.Builder
+	for i := 0; text.Len() < bytes; i++ {
+		fmt.Fprintf(&text, "a{i=\"%d\",x=\"%x%x%x%x\"} 1\n", i, random.Uint64(), random.Uint64(), random.Uint64(), random.Uint64())
+	}
+	return text.String()
+}
+
+// TestGatewayFullDisk fills the disk: what has to be on it is refused, what is on it stays, and
+// what expires goes on. With room again all goes on, without a restart. A gateway that starts on a full disk
+// either says what to do, or serves what is there.
+func TestGatewayFullDisk(t *testing.T) {
+	_, dir := newDisk(t)
+	server := startGatewayAt(t, dir)
+	random := rand.New(rand.NewPCG(6, 7))
+	put(t, server, "/metrics/job/batch", "a 1\n")
+	put(t, server, "/metrics/job/deleted", "a 1\n")
+	fill := fillDisk(t, dir)
+	refused := func(method, path, body string, parts ...string) {
+		t.Helper()
+		status, answer := send(t, method, server.URL+path, "", []byte(body))
+		wantStatus(t, status, http.StatusServiceUnavailable)
+		for _, part := range append(parts, filepath.Join(dir, "groups.db"), "no space left on device") {
+			if strings.Count(answer, part) != 1 {
+				t.Errorf("there is no %q, once, in %s", part, answer)
+			}
+		}
+	}
+	large := incompressible(random, 1<<20)
+	for range 3 {
+		refused(http.MethodPut, "/metrics/job/batch", large, "push it again")
+		refused(http.MethodPost, "/metrics/job/new", large, "it is as if it had not been")
+	}
+	for i := range 20 { // Their keys find no room.
+		put(t, server, fmt.Sprintf("/metrics/job/node/instance/%d", i), "a 1\npromferry_expires_after_seconds 3600\n")
+	}
+	check := func(want string, groups ...string) {
+		t.Helper()
+		page, err := server.Get(t.Context(), "/groups/job/batch/metrics")
+		if err != nil || !strings.Contains(string(page), want) {
+			t.Errorf("%v, there is no %q in %.1000s", err, want, page)
+		}
+		sd, err := server.Get(t.Context(), "/sd")
+		for _, group := range groups {
+			path, not := strings.CutPrefix(group, "!")
+			if err != nil || strings.Contains(string(sd), `"/groups`+path+`/metrics"`) == not {
+				t.Errorf("%v, not as it has to be: %s in %s", err, group, sd)
+			}
+		}
+	}
+	const batchHas = "\na{instance=\"\",job=\"batch\"} 1\n"
+	check(batchHas, "/job/deleted", "!/job/new", "/job/node/instance/0", "/job/node/instance/19")
+	metrics, err := server.Get(t.Context(), "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if failures, err := sum(metrics, "promferry_gateway_disk_write_failures_total"); err != nil || failures < 6 {
+		t.Errorf("%v failures, %v", failures, err)
+	}
+	// It starts on the full disk with what is there.
+	server.Kill()
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(batchHas, "/job/deleted", "!/job/new")
+	refused(http.MethodPut, "/metrics/job/batch", large)
+	put(t, server, "/metrics/job/node/instance/0", "a 1\npromferry_expires_after_seconds 3600\n")
+
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	put(t, server, "/metrics/job/node/instance/1", "a 1\npromferry_expires_after_seconds 3600\n")
+	put(t, server, "/metrics/job/batch", strings.Replace(large, "a{i=\"0\"", "b 2\na{i=\"0\"", 1))
+	if status, answer := send(t, http.MethodDelete, server.URL+"/metrics/job/deleted", "", nil); status != http.StatusAccepted {
+		t.Errorf("status %d: %s", status, answer)
+	}
+	server.Kill()
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check("\nb{instance=\"\",job=\"batch\"} 2\n", "!/job/deleted", "!/job/new", "/job/node/instance/1")
+}
+
+// shutDownDisk is EXT4_IOC_SHUTDOWN, and noFlush EXT4_GOING_FLAGS_NOLOGFLUSH: from then on the
+// disk answers with errors, and of what was not synced nothing reaches it.
+const shutDownDisk, noFlush = 0x8004587d, 2
+
+// TestGatewayDiskFails has the disk fail while many push: what has to be on it is refused, and
+// what expires goes on. With the disk back, as after a power failure, all that was answered is there.
+func TestGatewayDiskFails(t *testing.T) {
+	image, dir := newDisk(t)
+	pushers := newPushers(8, 2)
+	for _, p := range pushers {
+		p.durable = true // Of what expires not even the key is kept by a disk that fails.
+	}
+	server := startGatewayAt(t, dir)
+	answered, inFlight := 0, 0
+	const failures = 8
+	for n := range failures {
+		var pushing sync.WaitGroup
+		for _, p := range pushers {
+			pushing.Go(func() {
+				for {
+					if _, err := p.push(t, server.URL); err != nil {
+						if !strings.Contains(err.Error(), "status 503") {
+							t.Error(err)
+						}
+						return
+					}
+				}
+			})
+		}
+		<-time.After(time.Duration(50+37*n) * time.Millisecond)
+		f, err := os.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.IoctlSetPointerInt(int(f.Fd()), shutDownDisk, noFlush); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		pushing.Wait()
+		failed := time.Now()
+		status, answer := send(t, http.MethodPut, server.URL+"/metrics/job/batch", "", []byte("a 1\n"))
+		wantStatus(t, status, http.StatusServiceUnavailable)
+		if !strings.Contains(answer, filepath.Join(dir, "groups.db")+": ") || !strings.Contains(answer, "push it again") {
+			t.Error(answer)
+		}
+		put(t, server, "/metrics/job/node", "a 1\npromferry_expires_after_seconds 3600\n")
+		server.Kill()
+		if out, err := exec.CommandContext(t.Context(), "umount", dir).CombinedOutput(); err != nil {
+			t.Fatalf("umount: %v: %s", err, out)
+		}
+		mount(t, image, dir)
+		if err := server.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		a, b, _ := checkGroups(t, server, pushers, failed)
+		answered, inFlight = answered+a, inFlight+b
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	t.Logf("%d failures: %d pushes answered, %d refused", failures, answered, inFlight)
+	if answered < 20*failures || inFlight != len(pushers)*failures {
+		t.Error("there is not enough to see")
+	}
+}
+
+// TestGatewayStartsOnFullDisk starts a gateway that has no file yet where there is no room for one.
+func TestGatewayStartsOnFullDisk(t *testing.T) {
+	_, dir := newDisk(t)
+	// So that there is room for the number of the process.
+	if err := os.WriteFile(filepath.Join(dir, "gateway.pid"), []byte("1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fill := fillDisk(t, dir)
+	p, err := real.Start(real.Command{Path: promferry(t), Args: []string{"gateway", "--state.dir=" + dir, "--web.listen-address=127.0.0.1:0"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Kill)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	status, err := p.Wait(ctx)
+	if err != nil || status != 1 || !strings.Contains(p.Stderr(), "no space left on device") || !strings.Contains(p.Stderr(), "--state.dir") {
+		t.Errorf("status %d, %v: %s", status, err, p.Stderr())
+	}
+	t.Log(p.Stderr())
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	put(t, startGatewayAt(t, dir), "/metrics/job/batch", "a 1\n")
 }

@@ -141,6 +141,9 @@ func (d *disk) write(changes ...change) error {
 	d.step("write")
 	begin := time.Now()
 	if err := d.commit(b.changes); err != nil {
+		if p, ok := errors.AsType[*fs.PathError](err); ok {
+			err = p.Err // The name comes once.
+		}
 		b.err = fmt.Errorf("write %s: %w", d.path, err)
 		d.metrics.failures.Inc()
 	}
