@@ -50,7 +50,8 @@ func checkFile(path string) error {
 	if err != nil {
 		return err
 	}
-	c := &fileCheck{file: f, size: uint64(info.Size()), meta: m, seen: make(map[uint64]bool)}
+	c := &fileCheck{file: f, pageSize: m.pageSize, seen: make(map[uint64]bool)}
+	c.pages = min(m.end, uint64(info.Size())/m.pageSize) //nolint:gosec // No size is negative.
 	return c.tree(m.root, true, nil, nil)
 }
 
@@ -83,7 +84,7 @@ func readMeta(f *os.File) (meta, error) {
 		sum := fnv.New64a()
 		_, _ = sum.Write(b[:56])
 		one := meta{pageSize: uint64(order.Uint32(b[8:])), root: order.Uint64(b[16:]), end: order.Uint64(b[40:]), transaction: order.Uint64(b[48:])}
-		if order.Uint32(b) != metaMagic || order.Uint32(b[4:]) != metaVersion || order.Uint64(b[56:]) != sum.Sum64() || at > 0 && one.pageSize != at {
+		if order.Uint32(b) != metaMagic || order.Uint32(b[4:]) != metaVersion || order.Uint64(b[56:]) != sum.Sum64() || at > 0 && one.pageSize != at || one.pageSize == 0 {
 			continue
 		}
 		if order.Uint64(b[32:]) != noFreelist {
@@ -100,10 +101,10 @@ func readMeta(f *os.File) (meta, error) {
 }
 
 type fileCheck struct {
-	file *os.File
-	size uint64
-	meta meta
-	seen map[uint64]bool
+	file     *os.File
+	pageSize uint64
+	pages    uint64 // how many there are, in use or not
+	seen     map[uint64]bool
 }
 
 // tree checks the pages of a tree from the one with this number on, whose keys are from low on
@@ -132,25 +133,26 @@ func (c *fileCheck) tree(number uint64, top bool, low, high []byte) error {
 
 // page reads a page, and what belongs to it.
 func (c *fileCheck) page(number uint64) ([]byte, error) {
-	header := make([]byte, pageHeader)
-	if number >= c.meta.end || number*c.meta.pageSize >= c.size {
+	if number >= c.pages {
 		return nil, damage("it has no page %d", number)
 	}
-	if _, err := c.file.ReadAt(header, int64(number*c.meta.pageSize)); err != nil {
+	header := make([]byte, pageHeader)
+	at := int64(number * c.pageSize) //nolint:gosec // It is within the file.
+	if _, err := c.file.ReadAt(header, at); err != nil {
 		return nil, err
 	}
-	pages := uint64(order.Uint32(header[12:])) + 1
-	if order.Uint64(header) != number || number+pages > c.meta.end || (number+pages)*c.meta.pageSize > c.size {
+	end := number + uint64(order.Uint32(header[12:])) + 1
+	if order.Uint64(header) != number || end > c.pages {
 		return nil, damage("page %d is no such page", number)
 	}
-	for n := number; n < number+pages; n++ {
+	for n := number; n < end; n++ {
 		if c.seen[n] {
 			return nil, damage("page %d is in it twice", n)
 		}
 		c.seen[n] = true
 	}
-	page := make([]byte, pages*c.meta.pageSize)
-	_, err := c.file.ReadAt(page, int64(number*c.meta.pageSize))
+	page := make([]byte, (end-number)*c.pageSize)
+	_, err := c.file.ReadAt(page, at)
 	return page, err
 }
 
