@@ -4,6 +4,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -17,6 +21,8 @@ type disk struct {
 	path    string
 	db      *bolt.DB
 	metrics *diskMetrics
+	// step is called before and after each write. Tests end the process there.
+	step func(string)
 
 	mu   sync.Mutex
 	next *batch // gathers changes while others are written
@@ -50,24 +56,61 @@ func openDisk(path string, r prometheus.Registerer) (_ *disk, err error) {
 			err = damaged(path, p)
 		}
 	}()
-	// What is free is found out when the file is opened: then a write needs not tell it.
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTime, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		if err := makeFile(path); err != nil {
+			return nil, fmt.Errorf("make %s: %w; mend that, or name another directory (--state.dir)", path, err)
+		}
+	}
+	// The name has to outlive a power failure as well, also if who made it was killed here.
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	if err := checkFile(path); err != nil {
+		if d, ok := errors.AsType[*damageError](err); ok {
+			return nil, damaged(path, d)
+		}
+		return nil, err
+	}
+	db, err := bolt.Open(path, 0o600, boltOptions)
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return nil, fmt.Errorf("open %s: another process has it open", path)
-	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, bolterrors.ErrChecksum):
-		return nil, damaged(path, err)
 	case err != nil:
-		return nil, err
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	return &disk{path: path, db: db, metrics: newDiskMetrics(r), next: newBatch(), step: func(string) {}}, nil
+}
+
+// What is free is found out when the file is opened: then a write needs not tell it.
+var boltOptions = &bolt.Options{Timeout: lockTime, NoFreelistSync: true, FreelistType: bolt.FreelistMapType}
+
+// makeFile makes an empty file, which has its name only when it is whole.
+func makeFile(path string) error {
+	unfinished := path + ".new"
+	if err := os.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	db, err := bolt.Open(unfinished, 0o600, boltOptions)
+	if err != nil {
+		return errors.Join(err, os.Remove(unfinished))
 	}
 	err = db.Update(func(tx *bolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(bucketName)
+		_, err := tx.CreateBucket(bucketName)
 		return err
 	})
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("write %s: %w", path, err), db.Close())
+	if err = errors.Join(err, db.Close()); err != nil {
+		return errors.Join(err, os.Remove(unfinished))
 	}
-	return &disk{path: path, db: db, metrics: newDiskMetrics(r), next: newBatch()}, nil
+	return os.Rename(unfinished, path)
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = dir.Close() }()
+	return dir.Sync()
 }
 
 func damaged(path string, why any) error {
@@ -95,18 +138,28 @@ func (d *disk) write(changes ...change) error {
 	d.mu.Lock()
 	d.next = newBatch()
 	d.mu.Unlock()
+	d.step("write")
 	begin := time.Now()
 	if err := d.commit(b.changes); err != nil {
+		if p, ok := errors.AsType[*fs.PathError](err); ok {
+			err = p.Err // The name comes once.
+		}
 		b.err = fmt.Errorf("write %s: %w", d.path, err)
 		d.metrics.failures.Inc()
 	}
 	d.metrics.duration.Observe(time.Since(begin).Seconds())
+	d.step("written")
 	close(b.done)
 	return b.err
 }
 
 // commit writes and syncs.
-func (d *disk) commit(changes []change) error {
+func (d *disk) commit(changes []change) (err error) {
+	defer func() {
+		if p := recover(); p != nil { // Others wait for what becomes of their changes.
+			err = damaged(d.path, p)
+		}
+	}()
 	return d.db.Update(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(bucketName)
 		for _, c := range changes {
@@ -115,7 +168,7 @@ func (d *disk) commit(changes []change) error {
 			if c.record == nil {
 				err = bucket.Delete(key)
 			} else {
-				err = bucket.Put(key, c.record)
+				err = bucket.Put(key, append(binary.BigEndian.AppendUint32(nil, checksum(key, c.record)), c.record...))
 			}
 			if err != nil {
 				return err
@@ -125,20 +178,38 @@ func (d *disk) commit(changes []change) error {
 	})
 }
 
-// each calls f with each record, in the order of their numbers. The record is good until f
-// returns.
-func (d *disk) each(f func(number uint64, record []byte)) (err error) {
+// sumSize is the length of what is before each record in the file: its checksum.
+const sumSize = 4
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func checksum(key, record []byte) uint32 {
+	return crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, record)
+}
+
+// each calls f with each record, in the order of their numbers; with an error, the record is
+// not what was written. It is good until f returns.
+func (d *disk) each(f func(number uint64, record []byte, err error)) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = damaged(d.path, p)
 		}
 	}()
 	return d.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketName).ForEach(func(key, record []byte) error {
+		bucket := tx.Bucket(bucketName)
+		if bucket == nil {
+			return damaged(d.path, "there is no list of groups in it")
+		}
+		return bucket.ForEach(func(key, b []byte) error {
 			if len(key) != 8 {
 				return damaged(d.path, fmt.Sprintf("a key of %d bytes", len(key)))
 			}
-			f(binary.BigEndian.Uint64(key), record)
+			var err error
+			record := b[min(sumSize, len(b)):]
+			if len(b) < sumSize || binary.BigEndian.Uint32(b) != checksum(key, record) {
+				err = errors.New("its checksum is wrong")
+			}
+			f(binary.BigEndian.Uint64(key), record, err)
 			return nil
 		})
 	})

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -107,10 +108,9 @@ const graceAfterStart = time.Hour
 
 // load makes the groups that are on disk.
 func (s *Store) load(logger *slog.Logger) error {
-	return s.disk.each(func(number uint64, b []byte) {
-		s.made = max(s.made, number)
+	return s.disk.each(func(number uint64, b []byte, err error) {
 		var r record
-		err := json.Unmarshal(b, &r)
+		err = cmp.Or(err, json.Unmarshal(b, &r)) // Of what is damaged it may still tell whose it is.
 		if err == nil && r.Content != nil {
 			_, err = r.Content.families()
 		}
@@ -121,6 +121,7 @@ func (s *Store) load(logger *slog.Logger) error {
 			logger.Error("A group on disk is damaged, and left out", "job", r.Job, "labels", r.Labels, "err", err)
 			return
 		}
+		s.made = max(s.made, number)
 		g := newGroup(pushgw.GroupingKey{Job: r.Job, Labels: r.Labels}, number)
 		st := s.restored(g, r)
 		g.kept = st.mark(s.started)
