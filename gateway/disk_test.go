@@ -221,3 +221,45 @@ func TestNewFile(t *testing.T) {
 		})
 	}
 }
+
+// TestSound writes and deletes records of all sizes, few and very many, so that pages split, merge
+// and are used again: no file that bbolt has written is ever taken for damaged.
+func TestSound(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "groups.db")
+	d, err := openDisk(path, discard{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // Only to be the same each time.
+	there := make(map[uint64]int)
+	for round := range 400 {
+		var changes []change
+		n, most := 1+random.IntN(300), 1<<random.IntN(17)
+		for range n {
+			number := random.Uint64N(2000)
+			if del := random.IntN(100) < []int{10, 50, 100}[round/20%3]; del {
+				changes = append(changes, change{number: number})
+				delete(there, number)
+			} else {
+				size := 1 + random.IntN(most)
+				changes = append(changes, change{number, make([]byte, size)})
+				there[number] = size
+			}
+		}
+		if round%61 == 60 { // Nothing is left.
+			for number := range there {
+				changes = append(changes, change{number: number})
+			}
+			clear(there)
+		}
+		if err := d.commit(changes); err != nil {
+			t.Fatal(err)
+		}
+		if err := checkFile(path); err != nil {
+			t.Fatalf("round %d, %d records: %v", round, len(there), err)
+		}
+	}
+	if err := d.close(); err != nil {
+		t.Fatal(err)
+	}
+}
