@@ -73,7 +73,8 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
 	exporter := startExporter(t).URL + "/metrics"
 	proxy := serveFerry("proxy", "--state.dir="+filepath.Join(dir, "proxy"), "--web.config.file="+webConfig)
 	expire := serveFerry("expire", "--push.url="+gateway.URL, "--sweep.interval=1s")
-	targets, page := startGateway(t), startGateway(t) // One for each way to scrape it.
+	// One for each way to scrape it.
+	targets, page := startGateway(t, "--web.config.file="+webConfig), startGateway(t)
 
 	// web-1 lives, with a target of each kind that is down, a Pushgateway and a proxy that are away.
 	agent := startAgent(t, "--instance=web-1", "--fqdn=web-1", "--push.http-config="+httpConfig,
@@ -85,12 +86,16 @@ func startMonitored(t *testing.T, rules string) *real.PrometheusServer {
 	dead.waitSum(t, above(0), "promferry_forwarder_puts_total")
 	dead.Kill()
 
-	// On each gateway one node lives and one dies, and so does its batch job.
+	// On each gateway one node lives and one dies, and so does its batch job; another job never
+	// has a push taken.
 	for prefix, g := range map[string]*real.Gateway{"target-": targets, "page-": page} {
 		startAgent(t, "--instance="+prefix+"lives", "--push.url="+g.URL, "--push.target=node="+exporter, "--push.target=broken="+away+"/metrics")
 		dies := startAgent(t, "--instance="+prefix+"dies", "--push.url="+g.URL, "--push.target=node="+exporter, "--push.expires-after=3s")
 		put(t, g, "/metrics/job/backup/instance/"+prefix+"dies", "batch_job_last_success 1\n")
 		put(t, g, "/metrics/job/report", "report_rows 3\n") // Has no instance.
+		if status, answer := send(t, http.MethodPut, g.URL+"/metrics/job/never/instance/"+prefix+"dies", "", []byte("never 1 1\n")); status != http.StatusBadRequest {
+			t.Fatalf("a push with a timestamp: status %d: %s", status, answer)
+		}
 		dies.waitSum(t, above(0), "promferry_forwarder_puts_total")
 		dies.Kill()
 	}
@@ -264,8 +269,8 @@ func checkRules(t *testing.T, p *real.PrometheusServer, file string) {
 	})
 }
 
-// checkGatewayNodes checks which nodes of gateways NodeDown and ExporterDown are for, however
-// their groups are scraped: with the expressions of the rules, and 5 s where they have 90.
+// checkGatewayNodes checks which groups of gateways NodeDown, ExporterDown and PushRefused are
+// for, however they are scraped: with the expressions of the rules, and 5 s where they have 90.
 func checkGatewayNodes(t *testing.T, p *real.PrometheusServer) {
 	rules, err := loadedRules(t.Context(), p)
 	if err != nil {
@@ -276,15 +281,20 @@ func checkGatewayNodes(t *testing.T, p *real.PrometheusServer) {
 	for _, r := range rules {
 		queries[r.Name] = strings.ReplaceAll(r.Query, "[1m30s]", "[5s]")
 	}
-	for name, want := range map[string][]string{
-		"NodeDown":     {"node page-dies", "node target-dies"},
-		"ExporterDown": {"broken page-lives", "broken target-lives"},
+	for _, test := range []struct {
+		name    string
+		windows int
+		want    []string
+	}{
+		{"PushRefused", 0, []string{"never page-dies", "never target-dies"}},
+		{"NodeDown", 4, []string{"node page-dies", "node target-dies"}},
+		{"ExporterDown", 4, []string{"broken page-lives", "broken target-lives"}},
 	} {
-		promql := strings.ReplaceAll(queries[name], alive, "("+queries[alive]+")")
-		if strings.Count(promql, "[5s]") != 4 {
-			t.Fatalf("%s: not the windows that were looked for: %s", name, promql)
+		promql := strings.ReplaceAll(queries[test.name], alive, "("+queries[alive]+")")
+		if promql == "" || strings.Count(promql, "[5s]") != test.windows {
+			t.Fatalf("%s: not the windows that were looked for: %s", test.name, promql)
 		}
-		wait(t, name, func(ctx context.Context) error {
+		wait(t, test.name, func(ctx context.Context) error {
 			samples, err := p.Query(ctx, promql)
 			if err != nil {
 				return err
@@ -295,8 +305,8 @@ func checkGatewayNodes(t *testing.T, p *real.PrometheusServer) {
 					got = append(got, s.Labels["job"]+" "+instance)
 				}
 			}
-			if slices.Sort(got); !slices.Equal(got, want) {
-				return fmt.Errorf("%v, want %v", got, want)
+			if slices.Sort(got); !slices.Equal(got, test.want) {
+				return fmt.Errorf("%v, want %v", got, test.want)
 			}
 			return nil
 		})

@@ -84,7 +84,12 @@ func put(t *testing.T, g *Gateway, path, body string) {
 func TestRefused(t *testing.T) {
 	g := newTest(t, nil)
 	want(t, ask(g, http.MethodPut, "/metrics/job/j", "a 1 1\n"), http.StatusBadRequest, `family "a"`, "timestamps", `job="j"`)
-	want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusServiceUnavailable, "no push", "ever succeeded")
+	target := ask(g, http.MethodGet, "/groups/job/j/metrics", "")
+	want(t, target, http.StatusOK, "\n"+`push_time_seconds{instance="",job="j"} 0`+"\n", "# No push to the group ever succeeded", "!timestamps")
+	families := readPage(t, target)
+	if failed := families["push_failure_time_seconds"].GetMetric(); len(families) != 2 || len(failed) != 1 || failed[0].GetGauge().GetValue() <= 0 {
+		t.Errorf("not two families, of which push_failure_time_seconds says when:\n%s", target.Body)
+	}
 	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `push_time_seconds{instance="",job="j"} 0`, `promferry_gateway_pushes_total{result="inconsistent"} 1`,
 		`promferry_gateway_groups{state="refused"} 1`)
 	want(t, ask(g, http.MethodGet, "/api/v1/metrics", ""), http.StatusOK, `"last_push_successful":false`)

@@ -60,7 +60,9 @@ func (g *Gateway) target(w http.ResponseWriter, r *http.Request) {
 	case s == nil:
 		http.Error(w, fmt.Sprintf("there is no group %s: nothing was pushed there, or it was deleted, or was silent for too long", key), http.StatusNotFound)
 	case s.content == nil && !s.awaited:
-		unavailable(w, "no push to the group %s ever succeeded; the last one was refused at %s", key, stamp(s.failed))
+		// Nothing is down: push_failure_time_seconds tells.
+		comment(w, "No push to the group ever succeeded; the last one was refused at %s.", stamp(s.failed))
+		_, _ = w.Write(s.times())
 	case s.silent(now) && s.pushed.IsZero():
 		unavailable(w, "the group %s is silent since %s: no push came in the time after the gateway had restarted", key, stamp(s.silentFrom))
 	case s.silent(now):
@@ -71,8 +73,7 @@ func (g *Gateway) target(w http.ResponseWriter, r *http.Request) {
 		unavailable(w, "the group %s is down since %s: its last push, at %s, says up 0", key, stamp(s.downSince), stamp(s.pushed))
 	case s.awaited:
 		// Its node lives, as far as anybody knows: up is to stay 1.
-		w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
-		_, _ = fmt.Fprintf(w, "# The gateway has restarted: the group is here again with its next push, or silent from %s on.\n", stamp(s.silentFrom))
+		comment(w, "The gateway has restarted: the group is here again with its next push, or silent from %s on.", stamp(s.silentFrom))
 	default:
 		s.serve(w, r, g)
 	}
@@ -80,6 +81,12 @@ func (g *Gateway) target(w http.ResponseWriter, r *http.Request) {
 
 func unavailable(w http.ResponseWriter, format string, args ...any) {
 	http.Error(w, fmt.Sprintf(format, args...), http.StatusServiceUnavailable)
+}
+
+// comment begins a text with a comment, of one line.
+func comment(w http.ResponseWriter, format string, args ...any) {
+	w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
+	_, _ = fmt.Fprintf(w, "# "+format+"\n", args...)
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
