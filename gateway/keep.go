@@ -33,8 +33,11 @@ type record struct {
 // group that is not. What does not expire is written with each push all the same.
 type mark struct {
 	there, durable, silent bool
-	expiresAfter           time.Duration
-	down, refused          int64 // in Unix nanoseconds
+	// unsure tells that a write failed since: that may be on disk all the same, as when only
+	// the sync at its end has failed.
+	unsure        bool
+	expiresAfter  time.Duration
+	down, refused int64 // in Unix nanoseconds
 }
 
 func (s *state) mark(now time.Time) mark {
@@ -51,7 +54,11 @@ func (s *state) mark(now time.Time) mark {
 	return m
 }
 
+// record returns what is to be on disk of a group.
 func (s *state) record(now time.Time) change {
+	if !s.mark(now).there {
+		return change{number: s.group.number}
+	}
 	r := record{
 		Job: s.group.key.Job, Labels: s.group.key.Labels, ExpiresAfter: s.expiresAfter, Pushed: s.pushed, DownSince: s.downSince,
 	}
@@ -82,10 +89,12 @@ func (s *Store) keep(next *state) error {
 	}
 	err := s.disk.write(next.record(now))
 	s.wrote(err)
-	switch {
-	case err == nil:
+	if err == nil {
 		g.kept = m
-	case next.durable || g.kept.durable:
+		return nil
+	}
+	g.kept.unsure = true
+	if next.durable || g.kept.durable {
 		return &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("the push could not be kept: %v; it is as if it had not been: push it again", err)}
 	}
 	// What expires is told by its next push, and the sweep tries again: a full disk is no
@@ -204,7 +213,7 @@ func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, err
 			continue
 		}
 		held = append(held, g)
-		if g.kept.there {
+		if g.kept.there || g.kept.unsure {
 			changes = append(changes, change{number: g.number})
 		}
 	}
@@ -212,6 +221,9 @@ func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, err
 		err := s.disk.write(changes...)
 		s.wrote(err)
 		if err != nil {
+			for _, g := range held {
+				g.kept.unsure = g.kept.unsure || g.kept.there
+			}
 			return nil, &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("nothing is deleted: %v", err)}
 		}
 	}
@@ -266,10 +278,11 @@ func (s *Store) rewrite(groups []*group, now time.Time) {
 	}
 	err := s.disk.write(changes...)
 	s.wrote(err)
-	if err != nil {
-		return
-	}
 	for _, g := range held {
-		g.kept = g.now.Load().mark(now)
+		if err == nil {
+			g.kept = g.now.Load().mark(now)
+		} else {
+			g.kept.unsure = true
+		}
 	}
 }

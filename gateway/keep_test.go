@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -288,6 +289,73 @@ func TestDiskFails(t *testing.T) {
 	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"batch"`, `"both"`, `"new"`, `"node"`)
 }
 
+// TestRefusedWhenGone refuses pushes to groups in the moment in which they are forgotten: what is
+// on disk of them goes as well.
+func TestRefusedWhenGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+		put(t, g, "/metrics/job/node", expiring)
+		put(t, g, "/metrics/job/other", expiring)
+		<-time.After(30*time.Second + g.config.ForgetAfter)
+		for _, job := range []string{"node", "other"} {
+			want(t, ask(g, http.MethodPut, "/metrics/job/"+job, "a 1 1\n"), http.StatusBadRequest)
+		}
+		g.store.sweep()
+		want(t, ask(g, http.MethodDelete, "/metrics/job/other", ""), http.StatusAccepted)
+		g = restart(t, g, nil)
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, "[]")
+	})
+}
+
+// TestUnsure has a disk that says of writes that they failed, while they are on it, as when only
+// the sync at the end of them fails. What was answered with 503 is undone.
+func TestUnsure(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/old", "a 1\n")
+	put(t, g, "/metrics/job/deleted", "a 1\n")
+	if err := g.store.disk.db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want(t, ask(g, http.MethodPut, "/metrics/job/old", "a 2\n"), http.StatusServiceUnavailable)
+	want(t, ask(g, http.MethodPut, "/metrics/job/new", "a 2\n"), http.StatusServiceUnavailable)
+	want(t, ask(g, http.MethodDelete, "/metrics/job/deleted", ""), http.StatusServiceUnavailable)
+	again, err := openDisk(g.config.File, discard{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.store.disk.db = again.db
+	groups := g.store.groups
+	for _, job := range []string{"old", "new"} {
+		st := &state{group: groups["/job/"+job], content: &content{}, durable: true}
+		if err := g.store.disk.write(st.record(time.Now())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := g.store.disk.write(change{number: groups["/job/deleted"].number}); err != nil {
+		t.Fatal(err)
+	}
+	g.store.sweep()
+	g = restart(t, g, nil)
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `a{instance="",job="old"} 1`, `a{instance="",job="deleted"} 1`, `!job="new"`)
+}
+
+// TestLastSweep shows that why a push was refused outlives a stop that comes at once.
+func TestLastSweep(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/j", "a 1\n")
+	want(t, ask(g, http.MethodPut, "/metrics/job/j", "a 1 1\n"), http.StatusBadRequest)
+	refused := g.Status().Groups[0].Failure
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if err := g.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	g = restart(t, g, nil)
+	if got := g.Status().Groups[0].Failure; refused == "" || got != refused {
+		t.Errorf("%q, want %q", got, refused)
+	}
+}
+
 // TestPacked packs texts, with tails of all lengths at which something changes.
 func TestPacked(t *testing.T) {
 	random := make([]byte, 200000)
@@ -338,7 +406,7 @@ func TestSplit(t *testing.T) {
 	if want := map[string]string{"a": "COUNTER 1 false", `b # TYPE x\"`: "GAUGE 1 true", "s": "SUMMARY 3 false", "up": "UNTYPED 1 false"}; !maps.Equal(got, want) {
 		t.Errorf("families %q, want %q", got, want)
 	}
-	for _, text := range []string{"a 1\n", "# TYPE a\na 1\n", "# TYPE a nothing\na 1\n", "# HELP a x\na 1\n"} {
+	for _, text := range []string{"a 1\n", "# TYPE a\na 1\n", "# TYPE a nothing\na 1\n", "# HELP a x\na 1\n", "# TYPE a gauge", "# TYPE a gauge\na 1"} {
 		if families, err := c.split([]byte(text)); err == nil {
 			t.Errorf("%q is %v", text, families)
 		}

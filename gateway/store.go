@@ -356,8 +356,8 @@ func newGroup(key pushgw.GroupingKey, number uint64) *group {
 // by time alone is written to disk.
 const sweepEvery = time.Second
 
-// Run takes groups out of memory that are gone, and keeps on disk since when groups are silent,
-// until ctx ends.
+// Run takes groups out of memory that are gone, and keeps on disk since when groups are silent
+// and why pushes to them were refused, until ctx ends, and then once more.
 func (s *Store) Run(ctx context.Context) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -366,6 +366,7 @@ func (s *Store) Run(ctx context.Context) error {
 		case <-tick.C:
 			s.sweep()
 		case <-ctx.Done():
+			s.sweep()
 			return nil
 		}
 	}
