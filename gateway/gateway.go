@@ -205,7 +205,7 @@ func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 	case g.parsing <- struct{}{}:
 		defer func() { <-g.parsing }()
 	case <-r.Context().Done():
-		return nil, badBody(context.Cause(r.Context())) // Nobody waits for the answer.
+		return nil, ended(context.Cause(r.Context()))
 	}
 	families, err := readFamilies(r.Context(), b.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
 	if err != nil {
