@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/promferry/promferry/pushgw"
@@ -87,13 +89,11 @@ func (s *Store) keep(next *state) error {
 	if !next.durable && m == g.kept {
 		return nil
 	}
-	err := s.disk.write(next.record(now))
-	s.wrote(err)
+	err := s.write([]*group{g}, next.record(now))
 	if err == nil {
 		g.kept = m
 		return nil
 	}
-	g.kept.unsure = true
 	if next.durable || g.kept.durable {
 		return &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("the push could not be kept: %v; it is as if it had not been: push it again", err)}
 	}
@@ -102,12 +102,21 @@ func (s *Store) keep(next *state) error {
 	return nil
 }
 
-func (s *Store) wrote(err error) {
-	if err != nil {
-		s.faults.Failed(context.Background(), "Groups not written to disk", err)
-	} else {
-		s.faults.Succeeded(context.Background(), "Groups written to disk again")
+// write writes changes of groups, whose locks are held. The error is the disk's.
+func (s *Store) write(held []*group, changes ...change) error {
+	if len(changes) == 0 {
+		return nil
 	}
+	err := s.disk.write(changes...)
+	if err == nil {
+		s.faults.Succeeded(context.Background(), "Groups written to disk again")
+		return nil
+	}
+	s.faults.Failed(context.Background(), "Groups not written to disk", err)
+	for _, g := range held {
+		g.kept.unsure = true
+	}
+	return err
 }
 
 // graceAfterStart is for how long a group that is silent is kept at least after a start, so that
@@ -195,37 +204,37 @@ func (s *Store) DeleteAll(wanted func(pushgw.GroupingKey) bool) ([]pushgw.Groupi
 	return keys, err
 }
 
-// remove takes groups out of memory, and off the disk, that are as wanted. It returns which.
-func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, error) {
+// hold locks those of the groups that are there and as wanted. They are locked until release.
+func (s *Store) hold(groups []*group, wanted func(*group) bool) (held []*group, release func()) {
 	s.several.Lock()
-	defer s.several.Unlock()
-	var held []*group
-	defer func() {
-		for _, g := range held {
-			g.mu.Unlock()
-		}
-	}()
-	var changes []change
 	for _, g := range groups {
 		g.mu.Lock()
-		if g.removed || !wanted(g.now.Load()) {
+		if g.removed || !wanted(g) {
 			g.mu.Unlock()
 			continue
 		}
 		held = append(held, g)
+	}
+	return held, func() {
+		for _, g := range held {
+			g.mu.Unlock()
+		}
+		s.several.Unlock()
+	}
+}
+
+// remove takes groups out of memory, and off the disk, that are as wanted. It returns which.
+func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, error) {
+	held, release := s.hold(groups, func(g *group) bool { return wanted(g.now.Load()) })
+	defer release()
+	var changes []change
+	for _, g := range held {
 		if g.kept.there || g.kept.unsure {
 			changes = append(changes, change{number: g.number})
 		}
 	}
-	if len(changes) > 0 {
-		err := s.disk.write(changes...)
-		s.wrote(err)
-		if err != nil {
-			for _, g := range held {
-				g.kept.unsure = g.kept.unsure || g.kept.there
-			}
-			return nil, &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("nothing is deleted: %v", err)}
-		}
+	if err := s.write(held, changes...); err != nil {
+		return nil, &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("nothing is deleted: %v", err)}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -239,10 +248,7 @@ func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, err
 // sweep removes what is gone, and writes to disk what has changed by time alone.
 func (s *Store) sweep() {
 	s.mu.RLock()
-	all := make([]*group, 0, len(s.groups))
-	for _, g := range s.groups {
-		all = append(all, g)
-	}
+	all := slices.Collect(maps.Values(s.groups))
 	s.mu.RUnlock()
 	now := time.Now()
 	// An error is told, and the next sweep tries again.
@@ -254,35 +260,19 @@ func (s *Store) sweep() {
 
 // rewrite writes those of the groups of which something else has to be on disk than is.
 func (s *Store) rewrite(groups []*group, now time.Time) {
-	s.several.Lock()
-	defer s.several.Unlock()
-	var held []*group
-	defer func() {
-		for _, g := range held {
-			g.mu.Unlock()
-		}
-	}()
-	var changes []change
-	for _, g := range groups {
-		g.mu.Lock()
+	held, release := s.hold(groups, func(g *group) bool {
 		st := g.now.Load()
-		if g.removed || !st.known(now) || st.mark(now) == g.kept {
-			g.mu.Unlock()
-			continue
-		}
-		held = append(held, g)
-		changes = append(changes, st.record(now))
-	}
-	if len(changes) == 0 {
-		return
-	}
-	err := s.disk.write(changes...)
-	s.wrote(err)
+		return st.known(now) && st.mark(now) != g.kept
+	})
+	defer release()
+	var changes []change
 	for _, g := range held {
-		if err == nil {
-			g.kept = g.now.Load().mark(now)
-		} else {
-			g.kept.unsure = true
-		}
+		changes = append(changes, g.now.Load().record(now))
+	}
+	if s.write(held, changes...) != nil {
+		return // It is told, and the next sweep tries again.
+	}
+	for _, g := range held {
+		g.kept = g.now.Load().mark(now)
 	}
 }

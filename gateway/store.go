@@ -43,9 +43,11 @@ type StoreConfig struct {
 	// ExpireDefault is for how long after its last put a group is good that does not say that
 	// itself. Zero means for ever.
 	ExpireDefault time.Duration
-	// ForgetAfter is how long a group is kept that is silent.
+	// ForgetAfter is how long a group is kept that is silent, or that only refused pushes were
+	// made to. Zero means not at all.
 	ForgetAfter time.Duration
-	// MaxGroups and MaxSeries are how many groups there are at most, and series in each.
+	// MaxGroups and MaxSeries are how many groups there are at most, and series in each. Zero
+	// means none.
 	MaxGroups, MaxSeries int
 }
 
