@@ -256,6 +256,71 @@ func TestManyAtOnce(t *testing.T) {
 	}
 }
 
+// TestInTurns has many who each push to a group of their own, of either kind, and delete it, while
+// groups are swept, and others deleted by matchers: each finds what it did last, also after a
+// restart.
+func TestInTurns(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	const pushers, steps = 8, 60
+	ended := make([]string, pushers) // What each has on disk at its end: "" is no group.
+	var pushing, others sync.WaitGroup
+	for p := range pushers {
+		pushing.Go(func() {
+			random := rand.New(rand.NewPCG(1, uint64(p)))
+			group := fmt.Sprintf("/job/j/instance/%d", p)
+			has := ""
+			for step := range steps {
+				sample := fmt.Sprintf("a{instance=\"%d\",job=\"j\"} %d\n", p, step)
+				switch random.IntN(5) {
+				case 0:
+					want(t, ask(g, http.MethodDelete, "/metrics"+group, ""), http.StatusAccepted)
+					has, ended[p] = "", ""
+				case 1:
+					want(t, ask(g, http.MethodPut, "/metrics"+group, fmt.Sprintf("promferry_expires_after_seconds 60\na %d\n", step)), http.StatusOK)
+					has, ended[p] = sample, "# The gateway has restarted"
+				case 2:
+					if has != "" {
+						want(t, ask(g, http.MethodPut, "/metrics"+group, "a 1 1\n"), http.StatusBadRequest)
+					}
+				default:
+					want(t, ask(g, http.MethodPut, "/metrics"+group, fmt.Sprintf("a %d\n", step)), http.StatusOK)
+					has, ended[p] = sample, sample
+				}
+				status := http.StatusOK
+				if has == "" {
+					status = http.StatusNotFound
+				}
+				want(t, ask(g, http.MethodGet, "/groups"+group+"/metrics", ""), status, has)
+			}
+		})
+	}
+	done := make(chan struct{})
+	others.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			put(t, g, "/metrics/job/other", "a 1\n")
+			g.store.sweep()
+			want(t, ask(g, http.MethodDelete, matching(`{job="other"}`), ""), http.StatusOK, `"other"`)
+		}
+	})
+	pushing.Wait()
+	close(done)
+	others.Wait()
+	g = restart(t, g, nil)
+	for p, what := range ended {
+		status := http.StatusOK
+		if what == "" {
+			status = http.StatusNotFound
+		}
+		want(t, ask(g, http.MethodGet, fmt.Sprintf("/groups/job/j/instance/%d/metrics", p), ""), status, what)
+	}
+	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"other"`)
+}
+
 // TestDiskFails has a disk that takes nothing: what has to be on it is refused and changes
 // nothing, and what lives in memory goes on.
 func TestDiskFails(t *testing.T) {
