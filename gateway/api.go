@@ -87,7 +87,7 @@ func (s *state) listed(now time.Time) (map[string]any, error) {
 			group[name] = listedFamily(family, s.pushed)
 		}
 	}
-	group["labels"] = labelsOf(s.group.key)
+	group["labels"] = s.group.key.AllLabels()
 	group["last_push_successful"] = s.content != nil && !s.failed.After(s.pushed)
 	return group, err
 }

@@ -30,7 +30,7 @@ func matchersOf(r *http.Request) ([]labelmatch.Matchers, error) {
 }
 
 func selected(all []labelmatch.Matchers, key pushgw.GroupingKey) bool {
-	labels := labelsOf(key)
+	labels := key.AllLabels()
 	for _, m := range all {
 		if m.Match(labels) {
 			return true
@@ -66,7 +66,7 @@ func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
 	}
 	deleted := make([]map[string]string, 0, len(keys))
 	for _, key := range keys {
-		deleted = append(deleted, labelsOf(key))
+		deleted = append(deleted, key.AllLabels())
 	}
 	g.config.Logger.Info("Groups deleted", "groups", len(keys), "match", r.URL.Query()[matchParameter], "remote", r.RemoteAddr)
 	writeJSON(w, map[string]any{"status": "success", "data": map[string]any{"deleted": deleted}})

@@ -405,7 +405,7 @@ func (s *Store) state(key pushgw.GroupingKey, now time.Time) *state {
 // labelText returns the labels of a group as a text has them, with an empty instance where
 // they have none.
 func labelText(key pushgw.GroupingKey) []byte {
-	labels := labelsOf(key)
+	labels := key.AllLabels()
 	if _, ok := labels[model.InstanceLabel]; !ok {
 		labels[model.InstanceLabel] = ""
 	}

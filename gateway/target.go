@@ -31,7 +31,7 @@ func (g *Gateway) discovery(w http.ResponseWriter, r *http.Request) {
 	slices.SortFunc(states, func(a, b *state) int { return strings.Compare(a.group.path, b.group.path) })
 	entries := make([]targetGroup, 0, len(states))
 	for _, s := range states {
-		labels := labelsOf(s.group.key)
+		labels := s.group.key.AllLabels()
 		labels[model.MetricsPathLabel] = targetPath(s.group)
 		if r.TLS != nil {
 			labels[model.SchemeLabel] = "https"
