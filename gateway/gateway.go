@@ -250,11 +250,11 @@ func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
 			p.state(s, now)
 		}
 	}
-	if matchers == nil {
-		g.metrics.leftOut.Set(float64(p.leftOut))
-	}
 	body, done := packed(w, r)
 	w.Header().Set("Content-Type", string(expfmt.FmtText.WithEscapingScheme(scheme)))
 	_ = p.write(body)
 	done()
+	if matchers == nil {
+		g.metrics.leftOut.Set(float64(p.leftOut))
+	}
 }
