@@ -165,8 +165,9 @@ func (s *Store) restored(g *group, r record) *state {
 		if st.awaited {
 			st.pushed = time.Time{} // There may have been more since that was written.
 		}
-	} else if st.silentFrom = r.SilentSince; st.silentFrom.After(s.started) {
-		st.silentFrom = s.started // The clock went back.
+	} else {
+		// Counted from the start, for the clock may be set after it, and may have gone back before.
+		st.silentFrom = s.started.Add(min(0, r.SilentSince.Sub(s.started)))
 	}
 	st.forgotFrom = st.silentFrom.Add(s.config.ForgetAfter)
 	if grace := s.started.Add(min(graceAfterStart, s.config.ForgetAfter)); st.forgotFrom.Before(grace) {

@@ -207,6 +207,23 @@ func TestRestartExpiring(t *testing.T) {
 	})
 }
 
+// TestRestored has clocks that were set while a gateway was away, and after its start.
+func TestRestored(t *testing.T) {
+	started := time.Now()
+	s := &Store{config: StoreConfig{ForgetAfter: 24 * time.Hour}, started: started}
+	for since, want := range map[time.Duration]time.Duration{-time.Minute: -time.Minute, -72 * time.Hour: -72 * time.Hour, time.Hour: 0} {
+		st := s.restored(&group{}, record{ExpiresAfter: time.Minute, SilentSince: started.Add(since).Round(0)})
+		if got := st.silentFrom.Sub(started); got != want || !st.silent(started) || st.gone(started) {
+			t.Errorf("silent since %v: it is so since %v, want %v", since, got, want)
+		}
+		for _, at := range []time.Time{st.silentFrom, st.forgotFrom} {
+			if !strings.Contains(at.String(), " m=") {
+				t.Errorf("%v depends on what the clock is set to", at)
+			}
+		}
+	}
+}
+
 // TestRestartDefault has a group whose expiry is that of --expire.default, before and after
 // that changes.
 func TestRestartDefault(t *testing.T) {

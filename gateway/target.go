@@ -114,7 +114,8 @@ func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
 // encode writes the page of a group in a format that it is not ready in.
 func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format, logger *slog.Logger) error {
 	families, err := s.content.others()
-	if err != nil {
+	if err != nil { // It was checked when it was read from disk.
+		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return err
 	}
 	body, done := packed(w, r)
