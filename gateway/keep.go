@@ -206,10 +206,19 @@ func (s *Store) DeleteAll(wanted func(pushgw.GroupingKey) bool) ([]pushgw.Groupi
 }
 
 // hold locks those of the groups that are there and as wanted. They are locked until release.
-func (s *Store) hold(groups []*group, wanted func(*group) bool) (held []*group, release func()) {
-	s.several.Lock()
+// Where somebody else holds a group, a pusher that waits for the disk as a rule, it waits, or with
+// try leaves the group out.
+func (s *Store) hold(groups []*group, try bool, wanted func(*group) bool) (held []*group, release func()) {
+	several := len(groups) > 1
+	if several {
+		s.several.Lock()
+	}
 	for _, g := range groups {
-		g.mu.Lock()
+		if !try {
+			g.mu.Lock()
+		} else if !g.mu.TryLock() {
+			continue
+		}
 		if g.removed || !wanted(g) {
 			g.mu.Unlock()
 			continue
@@ -220,13 +229,15 @@ func (s *Store) hold(groups []*group, wanted func(*group) bool) (held []*group, 
 		for _, g := range held {
 			g.mu.Unlock()
 		}
-		s.several.Unlock()
+		if several {
+			s.several.Unlock()
+		}
 	}
 }
 
 // remove takes groups out of memory, and off the disk, that are as wanted. It returns which.
 func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, error) {
-	held, release := s.hold(groups, func(g *group) bool { return wanted(g.now.Load()) })
+	held, release := s.hold(groups, false, func(g *group) bool { return wanted(g.now.Load()) })
 	defer release()
 	var changes []change
 	for _, g := range held {
@@ -252,16 +263,24 @@ func (s *Store) sweep() {
 	all := slices.Collect(maps.Values(s.groups))
 	s.mu.RUnlock()
 	now := time.Now()
+	gone := func(st *state) bool { return !st.known(now) }
+	var these []*group // Only they are locked, and only for them is waited.
+	for _, g := range all {
+		if gone(g.now.Load()) {
+			these = append(these, g)
+		}
+	}
 	// An error is told, and the next sweep tries again.
-	_, _ = s.remove(all, func(st *state) bool { return !st.known(now) })
+	_, _ = s.remove(these, gone)
 	if s.disk != nil {
 		s.rewrite(all, now)
 	}
 }
 
-// rewrite writes those of the groups of which something else has to be on disk than is.
+// rewrite writes those of the groups of which something else has to be on disk than is. Those that
+// somebody changes just now have time until the next sweep.
 func (s *Store) rewrite(groups []*group, now time.Time) {
-	held, release := s.hold(groups, func(g *group) bool {
+	held, release := s.hold(groups, true, func(g *group) bool {
 		st := g.now.Load()
 		return st.known(now) && st.mark(now) != g.kept
 	})

@@ -338,6 +338,31 @@ func TestInTurns(t *testing.T) {
 	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"other"`)
 }
 
+// TestBusy has a pusher that waits for the disk, and somebody who deletes many groups: neither a sweep
+// nor the deletion of another group waits for them.
+func TestBusy(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/busy", "a 1\n")
+	put(t, g, "/metrics/job/other", "a 1\n")
+	done := make(chan struct{})
+	busy := g.store.groups["/job/busy"]
+	busy.mu.Lock()
+	go func() {
+		defer close(done)
+		g.store.sweep()
+		g.store.several.Lock()
+		want(t, ask(g, http.MethodDelete, "/metrics/job/other", ""), http.StatusAccepted)
+		g.store.several.Unlock()
+	}()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Error("it waits")
+	}
+	busy.mu.Unlock()
+	<-done
+}
+
 // TestDiskFails has a disk that takes nothing: what has to be on it is refused and changes
 // nothing, and what lives in memory goes on.
 func TestDiskFails(t *testing.T) {
