@@ -205,9 +205,9 @@ func (s *Store) DeleteAll(wanted func(pushgw.GroupingKey) bool) ([]pushgw.Groupi
 	return keys, err
 }
 
-// hold locks those of the groups that are there and as wanted. They are locked until release.
-// Where somebody else holds a group, a pusher that waits for the disk as a rule, it waits, or with
-// try leaves the group out.
+// hold locks those of the groups that are there and as wanted. They are locked until release. It
+// waits for who else holds one, as a rule a pusher that waits for the disk; or, with try, leaves
+// that one out.
 func (s *Store) hold(groups []*group, try bool, wanted func(*group) bool) (held []*group, release func()) {
 	several := len(groups) > 1
 	if several {
