@@ -102,12 +102,8 @@ func readTextfile(ctx context.Context, path string) ([]*dto.MetricFamily, error)
 
 // withLabels returns a copy of family whose series have the labels of a group.
 func withLabels(family *dto.MetricFamily, key pushgw.GroupingKey) *dto.MetricFamily {
-	labels := maps.Clone(key.Labels)
-	if labels == nil {
-		labels = make(map[string]string)
-	}
+	labels := key.AllLabels()
 	delete(labels, model.InstanceLabel)
-	labels[model.JobLabel] = key.Job
 	f := &dto.MetricFamily{Name: family.Name, Help: family.Help, Type: family.Type}
 	for _, m := range family.GetMetric() {
 		series := &dto.Metric{Gauge: m.Gauge, Counter: m.Counter, Untyped: m.Untyped, Summary: m.Summary, Histogram: m.Histogram}

@@ -34,8 +34,8 @@ func writeJSON(w http.ResponseWriter, v any) {
 	_ = json.NewEncoder(steady(w)).Encode(v)
 }
 
-// apiMetrics lists all groups as a Pushgateway does, or those that the query selects, one after the other, so that they are not
-// all in memory in this form.
+// apiMetrics lists all groups as a Pushgateway does, or those that the query selects, one after
+// the other, so that they are not all in memory in this form.
 func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
 	matchers, err := matchersOf(r)
 	if err != nil {
@@ -87,7 +87,7 @@ func (s *state) listed(now time.Time) (map[string]any, error) {
 			group[name] = listedFamily(family, s.pushed)
 		}
 	}
-	group["labels"] = labelsOf(s.group.key)
+	group["labels"] = s.group.key.AllLabels()
 	group["last_push_successful"] = s.content != nil && !s.failed.After(s.pushed)
 	return group, err
 }

@@ -45,7 +45,7 @@ func check(families []*dto.MetricFamily, key pushgw.GroupingKey) ([]*dto.MetricF
 		}
 	}
 	grouping := make([]*dto.LabelPair, 0, len(key.Labels)+2)
-	for name, value := range labelsOf(key) {
+	for name, value := range key.AllLabels() {
 		grouping = append(grouping, &dto.LabelPair{Name: new(name), Value: new(value)})
 	}
 	for _, family := range kept {

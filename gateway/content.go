@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -132,6 +133,9 @@ func (f family) number() float64 {
 // split cuts a text that was rendered into its families.
 func (c *content) split(text []byte) ([]family, error) {
 	var families []family
+	if len(text) > 0 && text[len(text)-1] != '\n' {
+		return nil, errors.New("the text of a group does not end with a line")
+	}
 	for len(text) > 0 {
 		f := family{header: headerLength(text)}
 		end := f.header

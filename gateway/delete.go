@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"net/http"
+	"net/url"
 
 	"github.com/promferry/promferry/internal/labelmatch"
 	"github.com/promferry/promferry/pushgw"
@@ -13,7 +14,10 @@ const matchParameter = "match[]"
 // matchersOf returns what the query of a request selects: nil where it says nothing of it.
 // Errors are *Refusal.
 func matchersOf(r *http.Request) ([]labelmatch.Matchers, error) {
-	query := r.URL.Query()
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil { // Part of it would be left out, and more be selected than was meant.
+		return nil, badPath("query %q: %v: want it percent-encoded, as curl -G --data-urlencode does", r.URL.RawQuery, err)
+	}
 	var all []labelmatch.Matchers
 	for _, text := range query[matchParameter] {
 		m, err := labelmatch.Parse(text)
@@ -26,7 +30,7 @@ func matchersOf(r *http.Request) ([]labelmatch.Matchers, error) {
 }
 
 func selected(all []labelmatch.Matchers, key pushgw.GroupingKey) bool {
-	labels := labelsOf(key)
+	labels := key.AllLabels()
 	for _, m := range all {
 		if m.Match(labels) {
 			return true
@@ -62,7 +66,7 @@ func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
 	}
 	deleted := make([]map[string]string, 0, len(keys))
 	for _, key := range keys {
-		deleted = append(deleted, labelsOf(key))
+		deleted = append(deleted, key.AllLabels())
 	}
 	g.config.Logger.Info("Groups deleted", "groups", len(keys), "match", r.URL.Query()[matchParameter], "remote", r.RemoteAddr)
 	writeJSON(w, map[string]any{"status": "success", "data": map[string]any{"deleted": deleted}})

@@ -95,6 +95,9 @@ func TestDeleteFaults(t *testing.T) {
 	} {
 		want(t, ask(g, http.MethodDelete, test.path, ""), http.StatusBadRequest, test.part)
 	}
+	for _, path := range []string{"/metrics", "/api/v1/metrics"} { // What cannot be read selects nothing, and not everything.
+		want(t, ask(g, http.MethodGet, path+`?match[]={job=~"j;k"}`, ""), http.StatusBadRequest, "percent-encoded")
+	}
 	want(t, ask(g, http.MethodGet, matching("job"), ""), http.StatusBadRequest, `"job"`)
 	want(t, ask(g, http.MethodPut, "/api/v1/metrics", ""), http.StatusMethodNotAllowed)
 	want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK)

@@ -70,6 +70,20 @@ func TestBack(t *testing.T) {
 	})
 }
 
+// TestSilentBeside has a group fall silent that is older than one whose up has no type: that one
+// keeps it.
+func TestSilentBeside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, nil)
+		put(t, g, "/metrics/job/old", "a 1\npromferry_expires_after_seconds 30\n")
+		put(t, g, "/metrics/job/young", "up 1\n")
+		<-time.After(30 * time.Second)
+		page := ask(g, http.MethodGet, "/metrics", "")
+		want(t, page, http.StatusOK, `up{instance="",job="old"} 0`, `up{instance="",job="young"} 1`, "!# Left out")
+		readPage(t, page)
+	})
+}
+
 // TestSweep shows that what is gone takes no memory, and that Run leaves nothing behind.
 func TestSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -66,6 +66,12 @@ func TestEscaped(t *testing.T) {
 		}
 	}
 	g := newTest(t, nil)
+	put(t, g, "/metrics/job/j", "# TYPE \"push.time.seconds\" histogram\n{\"push.time.seconds_count\"} 1\n")
+	put(t, g, "/metrics/job/k", "b 1\n")
+	for _, path := range []string{"/metrics", "/groups/job/j/metrics"} {
+		want(t, ask(g, http.MethodGet, path, ""), http.StatusOK, "\npush_time_seconds{", "!push_time_seconds_count", `# Left out: the family "push.time.seconds"`)
+	}
+	g = newTest(t, nil)
 	put(t, g, "/metrics/job/j", "a{\"x.y\"=\"1\",x_y=\"2\"} 1\nb 1\n")
 	w := ask(g, http.MethodGet, "/groups/job/j/metrics", "", "Accept", exposition.Accept)
 	families, _, err := exposition.Read(t.Context(), w.Body.Bytes(), w.Header().Get("Content-Type"))

@@ -205,7 +205,7 @@ func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 	case g.parsing <- struct{}{}:
 		defer func() { <-g.parsing }()
 	case <-r.Context().Done():
-		return nil, badBody(context.Cause(r.Context())) // Nobody waits for the answer.
+		return nil, ended(context.Cause(r.Context()))
 	}
 	families, err := readFamilies(r.Context(), b.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
 	if err != nil {
@@ -250,11 +250,11 @@ func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
 			p.state(s, now)
 		}
 	}
-	if matchers == nil {
-		g.metrics.leftOut.Set(float64(p.leftOut))
-	}
 	body, done := packed(w, r)
 	w.Header().Set("Content-Type", string(expfmt.FmtText.WithEscapingScheme(scheme)))
 	_ = p.write(body)
 	done()
+	if matchers == nil {
+		g.metrics.leftOut.Set(float64(p.leftOut))
+	}
 }

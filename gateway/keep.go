@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/promferry/promferry/pushgw"
@@ -34,8 +36,11 @@ type record struct {
 // group that is not. What does not expire is written with each push all the same.
 type mark struct {
 	there, durable, silent bool
-	expiresAfter           time.Duration
-	down, refused          int64 // in Unix nanoseconds
+	// unsure tells that a write failed since: that may be on disk all the same, as when only
+	// the sync at its end has failed.
+	unsure        bool
+	expiresAfter  time.Duration
+	down, refused int64 // in Unix nanoseconds
 }
 
 func (s *state) mark(now time.Time) mark {
@@ -52,7 +57,11 @@ func (s *state) mark(now time.Time) mark {
 	return m
 }
 
+// record returns what is to be on disk of a group.
 func (s *state) record(now time.Time) change {
+	if !s.mark(now).there {
+		return change{number: s.group.number}
+	}
 	r := record{
 		Job: s.group.key.Job, Labels: s.group.key.Labels, ExpiresAfter: s.expiresAfter, Pushed: s.pushed, DownSince: s.downSince,
 	}
@@ -81,12 +90,12 @@ func (s *Store) keep(next *state) error {
 	if !next.durable && m == g.kept {
 		return nil
 	}
-	err := s.disk.write(next.record(now))
-	s.wrote(err)
-	switch {
-	case err == nil:
+	err := s.write([]*group{g}, next.record(now))
+	if err == nil {
 		g.kept = m
-	case next.durable || g.kept.durable:
+		return nil
+	}
+	if next.durable || g.kept.durable {
 		return &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("the push could not be kept: %v; it is as if it had not been: push it again", err)}
 	}
 	// What expires is told by its next push, and the sweep tries again: a full disk is no
@@ -94,12 +103,21 @@ func (s *Store) keep(next *state) error {
 	return nil
 }
 
-func (s *Store) wrote(err error) {
-	if err != nil {
-		s.faults.Failed(context.Background(), "Groups not written to disk", err)
-	} else {
-		s.faults.Succeeded(context.Background(), "Groups written to disk again")
+// write writes changes of groups, whose locks are held. The error is the disk's.
+func (s *Store) write(held []*group, changes ...change) error {
+	if len(changes) == 0 {
+		return nil
 	}
+	err := s.disk.write(changes...)
+	if err == nil {
+		s.faults.Succeeded(context.Background(), "Groups written to disk again")
+		return nil
+	}
+	s.faults.Failed(context.Background(), "Groups not written to disk", err)
+	for _, g := range held {
+		g.kept.unsure = true
+	}
+	return err
 }
 
 // graceAfterStart is for how long a group that is silent is kept at least after a start, so that
@@ -148,8 +166,9 @@ func (s *Store) restored(g *group, r record) *state {
 		if st.awaited {
 			st.pushed = time.Time{} // There may have been more since that was written.
 		}
-	} else if st.silentFrom = r.SilentSince; st.silentFrom.After(s.started) {
-		st.silentFrom = s.started // The clock went back.
+	} else {
+		// Counted from the start, for the clock may be set after it, and may have gone back before.
+		st.silentFrom = s.started.Add(min(0, r.SilentSince.Sub(s.started)))
 	}
 	st.forgotFrom = st.silentFrom.Add(s.config.ForgetAfter)
 	if grace := s.started.Add(min(graceAfterStart, s.config.ForgetAfter)); st.forgotFrom.Before(grace) {
@@ -187,34 +206,48 @@ func (s *Store) DeleteAll(wanted func(pushgw.GroupingKey) bool) ([]pushgw.Groupi
 	return keys, err
 }
 
-// remove takes groups out of memory, and off the disk, that are as wanted. It returns which.
-func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, error) {
-	s.several.Lock()
-	defer s.several.Unlock()
-	var held []*group
-	defer func() {
-		for _, g := range held {
-			g.mu.Unlock()
-		}
-	}()
-	var changes []change
+// hold locks those of the groups that are there and as wanted. They are locked until release. It
+// waits for who else holds one, as a rule a pusher that waits for the disk; or, with try, leaves
+// that one out.
+func (s *Store) hold(groups []*group, try bool, wanted func(*group) bool) (held []*group, release func()) {
+	several := len(groups) > 1
+	if several {
+		s.several.Lock()
+	}
 	for _, g := range groups {
-		g.mu.Lock()
-		if g.removed || !wanted(g.now.Load()) {
+		if !try {
+			g.mu.Lock()
+		} else if !g.mu.TryLock() {
+			continue
+		}
+		if g.removed || !wanted(g) {
 			g.mu.Unlock()
 			continue
 		}
 		held = append(held, g)
-		if g.kept.there {
+	}
+	return held, func() {
+		for _, g := range held {
+			g.mu.Unlock()
+		}
+		if several {
+			s.several.Unlock()
+		}
+	}
+}
+
+// remove takes groups out of memory, and off the disk, that are as wanted. It returns which.
+func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, error) {
+	held, release := s.hold(groups, false, func(g *group) bool { return wanted(g.now.Load()) })
+	defer release()
+	var changes []change
+	for _, g := range held {
+		if g.kept.there || g.kept.unsure {
 			changes = append(changes, change{number: g.number})
 		}
 	}
-	if len(changes) > 0 {
-		err := s.disk.write(changes...)
-		s.wrote(err)
-		if err != nil {
-			return nil, &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("nothing is deleted: %v", err)}
-		}
+	if err := s.write(held, changes...); err != nil {
+		return nil, &Refusal{Status: http.StatusServiceUnavailable, Reason: reasonDisk, Text: fmt.Sprintf("nothing is deleted: %v", err)}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -228,47 +261,37 @@ func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, err
 // sweep removes what is gone, and writes to disk what has changed by time alone.
 func (s *Store) sweep() {
 	s.mu.RLock()
-	all := make([]*group, 0, len(s.groups))
-	for _, g := range s.groups {
-		all = append(all, g)
-	}
+	all := slices.Collect(maps.Values(s.groups))
 	s.mu.RUnlock()
 	now := time.Now()
+	gone := func(st *state) bool { return !st.known(now) }
+	var these []*group // Only they are locked, and only for them is waited.
+	for _, g := range all {
+		if gone(g.now.Load()) {
+			these = append(these, g)
+		}
+	}
 	// An error is told, and the next sweep tries again.
-	_, _ = s.remove(all, func(st *state) bool { return !st.known(now) })
+	_, _ = s.remove(these, gone)
 	if s.disk != nil {
 		s.rewrite(all, now)
 	}
 }
 
-// rewrite writes those of the groups of which something else has to be on disk than is.
+// rewrite writes those of the groups of which something else has to be on disk than is. Those that
+// somebody changes just now have time until the next sweep.
 func (s *Store) rewrite(groups []*group, now time.Time) {
-	s.several.Lock()
-	defer s.several.Unlock()
-	var held []*group
-	defer func() {
-		for _, g := range held {
-			g.mu.Unlock()
-		}
-	}()
-	var changes []change
-	for _, g := range groups {
-		g.mu.Lock()
+	held, release := s.hold(groups, true, func(g *group) bool {
 		st := g.now.Load()
-		if g.removed || !st.known(now) || st.mark(now) == g.kept {
-			g.mu.Unlock()
-			continue
-		}
-		held = append(held, g)
-		changes = append(changes, st.record(now))
+		return st.known(now) && st.mark(now) != g.kept
+	})
+	defer release()
+	var changes []change
+	for _, g := range held {
+		changes = append(changes, g.now.Load().record(now))
 	}
-	if len(changes) == 0 {
-		return
-	}
-	err := s.disk.write(changes...)
-	s.wrote(err)
-	if err != nil {
-		return
+	if s.write(held, changes...) != nil {
+		return // It is told, and the next sweep tries again.
 	}
 	for _, g := range held {
 		g.kept = g.now.Load().mark(now)

@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -206,6 +207,23 @@ func TestRestartExpiring(t *testing.T) {
 	})
 }
 
+// TestRestored has clocks that were set while a gateway was away, and after its start.
+func TestRestored(t *testing.T) {
+	started := time.Now()
+	s := &Store{config: StoreConfig{ForgetAfter: 24 * time.Hour}, started: started}
+	for since, want := range map[time.Duration]time.Duration{-time.Minute: -time.Minute, -72 * time.Hour: -72 * time.Hour, time.Hour: 0} {
+		st := s.restored(&group{}, record{ExpiresAfter: time.Minute, SilentSince: started.Add(since).Round(0)})
+		if got := st.silentFrom.Sub(started); got != want || !st.silent(started) || st.gone(started) {
+			t.Errorf("silent since %v: it is so since %v, want %v", since, got, want)
+		}
+		for _, at := range []time.Time{st.silentFrom, st.forgotFrom} {
+			if !strings.Contains(at.String(), " m=") {
+				t.Errorf("%v depends on what the clock is set to", at)
+			}
+		}
+	}
+}
+
 // TestRestartDefault has a group whose expiry is that of --expire.default, before and after
 // that changes.
 func TestRestartDefault(t *testing.T) {
@@ -255,6 +273,96 @@ func TestManyAtOnce(t *testing.T) {
 	}
 }
 
+// TestInTurns has many who each push to a group of their own, of either kind, and delete it, while
+// groups are swept, and others deleted by matchers: each finds what it did last, also after a
+// restart.
+func TestInTurns(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	const pushers, steps = 8, 60
+	ended := make([]string, pushers) // What each has on disk at its end: "" is no group.
+	var pushing, others sync.WaitGroup
+	for p := range pushers {
+		pushing.Go(func() {
+			random := rand.New(rand.NewPCG(1, uint64(p)))
+			group := fmt.Sprintf("/job/j/instance/%d", p)
+			has := ""
+			for step := range steps {
+				sample := fmt.Sprintf("a{instance=\"%d\",job=\"j\"} %d\n", p, step)
+				switch random.IntN(5) {
+				case 0:
+					want(t, ask(g, http.MethodDelete, "/metrics"+group, ""), http.StatusAccepted)
+					has, ended[p] = "", ""
+				case 1:
+					want(t, ask(g, http.MethodPut, "/metrics"+group, fmt.Sprintf("promferry_expires_after_seconds 60\na %d\n", step)), http.StatusOK)
+					has, ended[p] = sample, "# The gateway has restarted"
+				case 2:
+					if has != "" {
+						want(t, ask(g, http.MethodPut, "/metrics"+group, "a 1 1\n"), http.StatusBadRequest)
+					}
+				default:
+					want(t, ask(g, http.MethodPut, "/metrics"+group, fmt.Sprintf("a %d\n", step)), http.StatusOK)
+					has, ended[p] = sample, sample
+				}
+				status := http.StatusOK
+				if has == "" {
+					status = http.StatusNotFound
+				}
+				want(t, ask(g, http.MethodGet, "/groups"+group+"/metrics", ""), status, has)
+			}
+		})
+	}
+	done := make(chan struct{})
+	others.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			put(t, g, "/metrics/job/other", "a 1\n")
+			g.store.sweep()
+			want(t, ask(g, http.MethodDelete, matching(`{job="other"}`), ""), http.StatusOK, `"other"`)
+		}
+	})
+	pushing.Wait()
+	close(done)
+	others.Wait()
+	g = restart(t, g, nil)
+	for p, what := range ended {
+		status := http.StatusOK
+		if what == "" {
+			status = http.StatusNotFound
+		}
+		want(t, ask(g, http.MethodGet, fmt.Sprintf("/groups/job/j/instance/%d/metrics", p), ""), status, what)
+	}
+	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"other"`)
+}
+
+// TestBusy has a pusher that waits for the disk, and somebody who deletes many groups: neither a sweep
+// nor the deletion of another group waits for them.
+func TestBusy(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/busy", "a 1\n")
+	put(t, g, "/metrics/job/other", "a 1\n")
+	done := make(chan struct{})
+	busy := g.store.groups["/job/busy"]
+	busy.mu.Lock()
+	go func() {
+		defer close(done)
+		g.store.sweep()
+		g.store.several.Lock()
+		want(t, ask(g, http.MethodDelete, "/metrics/job/other", ""), http.StatusAccepted)
+		g.store.several.Unlock()
+	}()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Error("it waits")
+	}
+	busy.mu.Unlock()
+	<-done
+}
+
 // TestDiskFails has a disk that takes nothing: what has to be on it is refused and changes
 // nothing, and what lives in memory goes on.
 func TestDiskFails(t *testing.T) {
@@ -286,6 +394,73 @@ func TestDiskFails(t *testing.T) {
 	put(t, g, "/metrics/job/new", "a 3\n")
 	g = restart(t, g, nil)
 	want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"batch"`, `"both"`, `"new"`, `"node"`)
+}
+
+// TestRefusedWhenGone refuses pushes to groups in the moment in which they are forgotten: what is
+// on disk of them goes as well.
+func TestRefusedWhenGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+		put(t, g, "/metrics/job/node", expiring)
+		put(t, g, "/metrics/job/other", expiring)
+		<-time.After(30*time.Second + g.config.ForgetAfter)
+		for _, job := range []string{"node", "other"} {
+			want(t, ask(g, http.MethodPut, "/metrics/job/"+job, "a 1 1\n"), http.StatusBadRequest)
+		}
+		g.store.sweep()
+		want(t, ask(g, http.MethodDelete, "/metrics/job/other", ""), http.StatusAccepted)
+		g = restart(t, g, nil)
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, "[]")
+	})
+}
+
+// TestUnsure has a disk that says of writes that they failed, while they are on it, as when only
+// the sync at the end of them fails. What was answered with 503 is undone.
+func TestUnsure(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/old", "a 1\n")
+	put(t, g, "/metrics/job/deleted", "a 1\n")
+	if err := g.store.disk.db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want(t, ask(g, http.MethodPut, "/metrics/job/old", "a 2\n"), http.StatusServiceUnavailable)
+	want(t, ask(g, http.MethodPut, "/metrics/job/new", "a 2\n"), http.StatusServiceUnavailable)
+	want(t, ask(g, http.MethodDelete, "/metrics/job/deleted", ""), http.StatusServiceUnavailable)
+	again, err := openDisk(g.config.File, discard{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.store.disk.db = again.db
+	groups := g.store.groups
+	for _, job := range []string{"old", "new"} {
+		st := &state{group: groups["/job/"+job], content: &content{}, durable: true}
+		if err := g.store.disk.write(st.record(time.Now())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := g.store.disk.write(change{number: groups["/job/deleted"].number}); err != nil {
+		t.Fatal(err)
+	}
+	g.store.sweep()
+	g = restart(t, g, nil)
+	want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, `a{instance="",job="old"} 1`, `a{instance="",job="deleted"} 1`, `!job="new"`)
+}
+
+// TestLastSweep shows that why a push was refused outlives a stop that comes at once.
+func TestLastSweep(t *testing.T) {
+	g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+	put(t, g, "/metrics/job/j", "a 1\n")
+	want(t, ask(g, http.MethodPut, "/metrics/job/j", "a 1 1\n"), http.StatusBadRequest)
+	refused := g.Status().Groups[0].Failure
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if err := g.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	g = restart(t, g, nil)
+	if got := g.Status().Groups[0].Failure; refused == "" || got != refused {
+		t.Errorf("%q, want %q", got, refused)
+	}
 }
 
 // TestPacked packs texts, with tails of all lengths at which something changes.
@@ -338,7 +513,7 @@ func TestSplit(t *testing.T) {
 	if want := map[string]string{"a": "COUNTER 1 false", `b # TYPE x\"`: "GAUGE 1 true", "s": "SUMMARY 3 false", "up": "UNTYPED 1 false"}; !maps.Equal(got, want) {
 		t.Errorf("families %q, want %q", got, want)
 	}
-	for _, text := range []string{"a 1\n", "# TYPE a\na 1\n", "# TYPE a nothing\na 1\n", "# HELP a x\na 1\n"} {
+	for _, text := range []string{"a 1\n", "# TYPE a\na 1\n", "# TYPE a nothing\na 1\n", "# HELP a x\na 1\n", "# TYPE a gauge", "# TYPE a gauge\na 1"} {
 		if families, err := c.split([]byte(text)); err == nil {
 			t.Errorf("%q is %v", text, families)
 		}

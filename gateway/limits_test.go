@@ -3,6 +3,7 @@ package gateway
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -63,6 +64,23 @@ func TestLimits(t *testing.T) {
 	want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK, `a{instance="",job="j"} 1`, "!b{")
 	want(t, ask(g, http.MethodDelete, "/metrics/job/k", ""), http.StatusAccepted)
 	put(t, g, "/metrics/job/l", "a 1\n")
+}
+
+// TestEnded has a push whose request ends before it is read. That is no reason for who sent it
+// to give it up, as a 400 would be.
+func TestEnded(t *testing.T) {
+	g := newTest(t, nil)
+	ctx, end := context.WithCancel(t.Context())
+	end()
+	for contentType, body := range map[string]string{"": "a 1\n", string(expfmt.FmtProtoDelim): delimited(t, gauge("a"))} {
+		for range 20 { // Whether there is room to read is asked at the same time.
+			r := httptest.NewRequest(http.MethodPut, "/metrics/job/j", strings.NewReader(body))
+			r.Header.Set("Content-Type", contentType)
+			w := httptest.NewRecorder()
+			g.ServeHTTP(w, r.WithContext(ctx))
+			want(t, w, http.StatusTooManyRequests, "push it again")
+		}
+	}
 }
 
 // listener accepts the far ends of pipes.

@@ -21,6 +21,8 @@ type page struct {
 	scheme model.EscapingScheme
 	rows   map[string]*row
 	types  map[string]dto.MetricType
+	// down are the labels of groups of which is known only that they are down.
+	down [][]byte
 	// left says what was left out, at most maxLeft of it; leftOut counts all.
 	left    []string
 	leftOut int
@@ -114,7 +116,7 @@ func (p *page) times(s *state) {
 func (p *page) state(s *state, now time.Time) {
 	switch {
 	case s.silent(now):
-		p.gauge(upName, upHelp, s.group.labels, 0)
+		p.down = append(p.down, s.group.labels)
 	case s.content != nil:
 		families, err := s.content.families()
 		if err != nil { // It was checked when it was read from disk.
@@ -124,7 +126,7 @@ func (p *page) state(s *state, now time.Time) {
 			p.add(f, s.group.labels)
 		}
 	case !s.downSince.IsZero():
-		p.gauge(upName, upHelp, s.group.labels, 0)
+		p.down = append(p.down, s.group.labels)
 	}
 	if !s.awaited || !s.pushed.IsZero() {
 		p.times(s)
@@ -141,8 +143,11 @@ func unixTime(t time.Time) float64 {
 	return float64(t.UnixNano()) / 1e9
 }
 
-// write writes the page.
+// write writes the page, once.
 func (p *page) write(w io.Writer) error {
+	for _, labels := range p.down { // Last, so that up is of the type that others gave it.
+		p.gauge(upName, upHelp, labels, 0)
+	}
 	b := bufio.NewWriterSize(w, 64<<10)
 	for _, name := range slices.Sorted(maps.Keys(p.rows)) {
 		r := p.rows[name]
@@ -188,6 +193,9 @@ func (f family) escaped(scheme model.EscapingScheme) (*dto.MetricFamily, error) 
 		return parsed, err
 	}
 	escaped := model.EscapeMetricFamily(parsed, scheme)
+	if name := escaped.GetName(); name == pushTimeName || name == pushFailureTimeName {
+		return nil, fmt.Errorf("without quotes it would be called %s, which is the gateway's own", name)
+	}
 	for _, m := range escaped.GetMetric() {
 		seen := make(map[string]bool, len(m.GetLabel()))
 		for _, l := range m.GetLabel() {

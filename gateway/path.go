@@ -105,11 +105,3 @@ func badPath(format string, args ...any) error {
 
 // groupPath returns the path of a group as pushgw writes it, below /metrics or /groups.
 func groupPath(key pushgw.GroupingKey) string { return strings.TrimPrefix(key.Path(), "/metrics") }
-
-// labelsOf returns all labels of a key, job among them.
-func labelsOf(key pushgw.GroupingKey) map[string]string {
-	labels := make(map[string]string, len(key.Labels)+1)
-	maps.Copy(labels, key.Labels)
-	labels[model.JobLabel] = key.Job
-	return labels
-}

@@ -135,6 +135,8 @@ func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries i
 		return nil, &Refusal{Status: http.StatusRequestEntityTooLarge, Reason: reasonSize, Text: err.Error()}
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, &Refusal{Status: http.StatusRequestEntityTooLarge, Reason: reasonTimeout, Text: fmt.Sprintf("the body takes longer than %v to read", parseTime)}
+	case errors.Is(err, context.Canceled):
+		return nil, ended(err)
 	case err != nil:
 		return nil, badBody(err)
 	}
@@ -145,6 +147,15 @@ func readFamilies(ctx context.Context, b []byte, contentType string, maxSeries i
 		return nil, tooManyFamilies(n, maxSeries)
 	}
 	return families, nil
+}
+
+// ended is for a push whose request ended before its body was understood: its sender has gone, or
+// it waited for too long for others. Nothing is known to be wrong with it.
+func ended(err error) error {
+	return &Refusal{
+		Status: http.StatusTooManyRequests, Reason: reasonBusy,
+		Text: fmt.Sprintf("the request ended before the push was read (%v): push it again", err),
+	}
 }
 
 func badBody(err error) error {

@@ -43,9 +43,11 @@ type StoreConfig struct {
 	// ExpireDefault is for how long after its last put a group is good that does not say that
 	// itself. Zero means for ever.
 	ExpireDefault time.Duration
-	// ForgetAfter is how long a group is kept that is silent.
+	// ForgetAfter is how long a group is kept that is silent, or that only refused pushes were
+	// made to. Zero means not at all.
 	ForgetAfter time.Duration
-	// MaxGroups and MaxSeries are how many groups there are at most, and series in each.
+	// MaxGroups and MaxSeries are how many groups there are at most, and series in each. Zero
+	// means none.
 	MaxGroups, MaxSeries int
 }
 
@@ -356,8 +358,8 @@ func newGroup(key pushgw.GroupingKey, number uint64) *group {
 // by time alone is written to disk.
 const sweepEvery = time.Second
 
-// Run takes groups out of memory that are gone, and keeps on disk since when groups are silent,
-// until ctx ends.
+// Run takes groups out of memory that are gone, and keeps on disk since when groups are silent
+// and why pushes to them were refused, until ctx ends, and then once more.
 func (s *Store) Run(ctx context.Context) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -366,6 +368,7 @@ func (s *Store) Run(ctx context.Context) error {
 		case <-tick.C:
 			s.sweep()
 		case <-ctx.Done():
+			s.sweep()
 			return nil
 		}
 	}
@@ -402,7 +405,7 @@ func (s *Store) state(key pushgw.GroupingKey, now time.Time) *state {
 // labelText returns the labels of a group as a text has them, with an empty instance where
 // they have none.
 func labelText(key pushgw.GroupingKey) []byte {
-	labels := labelsOf(key)
+	labels := key.AllLabels()
 	if _, ok := labels[model.InstanceLabel]; !ok {
 		labels[model.InstanceLabel] = ""
 	}

@@ -31,7 +31,7 @@ func (g *Gateway) discovery(w http.ResponseWriter, r *http.Request) {
 	slices.SortFunc(states, func(a, b *state) int { return strings.Compare(a.group.path, b.group.path) })
 	entries := make([]targetGroup, 0, len(states))
 	for _, s := range states {
-		labels := labelsOf(s.group.key)
+		labels := s.group.key.AllLabels()
 		labels[model.MetricsPathLabel] = targetPath(s.group)
 		if r.TLS != nil {
 			labels[model.SchemeLabel] = "https"
@@ -121,7 +121,8 @@ func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
 // encode writes the page of a group in a format that it is not ready in.
 func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format, logger *slog.Logger) error {
 	families, err := s.content.others()
-	if err != nil {
+	if err != nil { // It was checked when it was read from disk.
+		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return err
 	}
 	body, done := packed(w, r)

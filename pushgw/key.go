@@ -74,6 +74,14 @@ func (k GroupingKey) LabelNames() []string {
 	return append(slices.Sorted(maps.Keys(k.Labels)), model.JobLabel)
 }
 
+// AllLabels returns a copy of all labels of the key, job among them.
+func (k GroupingKey) AllLabels() map[string]string {
+	labels := make(map[string]string, len(k.Labels)+1)
+	maps.Copy(labels, k.Labels)
+	labels[model.JobLabel] = k.Job
+	return labels
+}
+
 // String returns the key in the notation of PromQL.
 func (k GroupingKey) String() string {
 	var b strings.Builder

@@ -102,39 +102,12 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
 	admin := newAdmin("gateway", r.reload)
-	forPeople := page.Gateway(func() gateway.Status {
-		status := g.Status()
-		status.Version = version.Version
-		return status
-	})
-	// No ServeMux: that would redirect what is pushed to other paths.
-	reading := readerGuard(guard, logger, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case strings.HasPrefix(r.URL.Path, "/-/"):
-			admin.ServeHTTP(w, r)
-		case r.URL.Path == "/":
-			forPeople.ServeHTTP(w, r)
-		default:
-			g.ServeHTTP(w, r)
-		}
-	}))
-	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		pushing := r.Method == http.MethodPut || r.Method == http.MethodPost || r.Method == http.MethodDelete
-		switch {
-		case r.URL.Path == "/-/healthy", r.URL.Path == "/-/ready": // Probes have no credentials.
-			admin.ServeHTTP(w, r)
-		case pushing && !strings.HasPrefix(r.URL.Path, "/-/"): // The gateway asks for rights of its own.
-			g.ServeHTTP(w, r)
-		default:
-			reading.ServeHTTP(w, r)
-		}
-	})
 	listener, err := httpclient.ListenConfig(gatewayKeepAlive).Listen(ctx, "tcp", s.WebListenAddress.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
 	}
 	// A page of another site that somebody looks at must not push.
-	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(handler), logger)
+	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(gatewayHandler(g, admin, guard, logger)), logger)
 	// The gateway sets times of its own for what takes longer.
 	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
 	if err := server.cacheConfig("gateway", "web", registry); err != nil {
@@ -165,6 +138,38 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 	err = group.Wait()
 	logger.Info("Stopped")
 	return err
+}
+
+// gatewayHandler asks who reads for the right to it, and leaves pushes to the gateway, which asks for
+// rights of its own.
+func gatewayHandler(g *gateway.Gateway, admin *admin, guard *access.Guard, logger *slog.Logger) http.Handler {
+	forPeople := page.Gateway(func() gateway.Status {
+		status := g.Status()
+		status.Version = version.Version
+		return status
+	})
+	// No ServeMux: that would redirect what is pushed to other paths.
+	reading := readerGuard(guard, logger, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case strings.HasPrefix(r.URL.Path, "/-/"):
+			admin.ServeHTTP(w, r)
+		case r.URL.Path == "/":
+			forPeople.ServeHTTP(w, r)
+		default:
+			g.ServeHTTP(w, r)
+		}
+	}))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		pushing := r.Method == http.MethodPut || r.Method == http.MethodPost || r.Method == http.MethodDelete
+		switch {
+		case r.URL.Path == "/-/healthy", r.URL.Path == "/-/ready": // Probes have no credentials.
+			admin.ServeHTTP(w, r)
+		case pushing && !strings.HasPrefix(r.URL.Path, "/-/"):
+			g.ServeHTTP(w, r)
+		default:
+			reading.ServeHTTP(w, r)
+		}
+	})
 }
 
 // gatewayAlive tells systemd that the gateway is, until ctx ends.

@@ -3,10 +3,7 @@ package main
 import (
 	"errors"
 	"log/slog"
-	"maps"
 	"net/http"
-
-	"github.com/prometheus/common/model"
 
 	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/pushgw"
@@ -28,7 +25,7 @@ type pusherGuard struct {
 }
 
 func (p pusherGuard) Push(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) bool {
-	return admitted(w, r, p.guard.Pusher(r, labelsOf(key)), p.logger)
+	return admitted(w, r, p.guard.Pusher(r, key.AllLabels()), p.logger)
 }
 
 func (p pusherGuard) PushToAll(w http.ResponseWriter, r *http.Request) bool {
@@ -40,14 +37,7 @@ func (p pusherGuard) PushToSome(w http.ResponseWriter, r *http.Request) func(pus
 	if !admitted(w, r, err, p.logger) {
 		return nil
 	}
-	return func(key pushgw.GroupingKey) bool { return may(labelsOf(key)) }
-}
-
-func labelsOf(key pushgw.GroupingKey) map[string]string {
-	labels := make(map[string]string, len(key.Labels)+1)
-	maps.Copy(labels, key.Labels)
-	labels[model.JobLabel] = key.Job
-	return labels
+	return func(key pushgw.GroupingKey) bool { return may(key.AllLabels()) }
 }
 
 // admitted tells whether err, of a guard, is none. It logs and answers one.
