@@ -82,7 +82,7 @@ func gatewayBatch(ctx context.Context, promferry string) error {
 	fmt.Printf("Puts of 8 gauges that do not expire, from %d pushers over connections that they keep, to %d groups; %d rounds of %v:\n",
 		batchPushers, scale.batchGroups, scale.rounds, scale.batchWindow)
 	t := table()
-	_, _ = fmt.Fprintln(t, "\ton disk before the answer\tputs\tputs/s\tCPU ms\tcore\tload's\tp50 ms\tp99 ms\tputs/s to it\t")
+	_, _ = fmt.Fprintln(t, "\tkept after kill -9\tputs\tputs/s\tCPU ms\tcore\tload's\tp50 ms\tp99 ms\tputs/s to it\t")
 	for _, b := range all {
 		durable := "no"
 		if b == ours && kept == scale.batchGroups {

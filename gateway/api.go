@@ -88,7 +88,7 @@ func (s *state) listed(now time.Time) (map[string]any, error) {
 		}
 	}
 	group["labels"] = s.group.key.AllLabels()
-	group["last_push_successful"] = s.content != nil && !s.failed.After(s.pushed)
+	group["last_push_successful"] = (s.content != nil || s.awaited) && !s.failed.After(s.pushed)
 	return group, err
 }
 

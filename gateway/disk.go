@@ -227,7 +227,7 @@ func newDiskMetrics(r prometheus.Registerer) *diskMetrics {
 			Buckets: []float64{0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5},
 		}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "promferry_gateway_disk_write_failures_total", Help: "Writes of groups to disk that failed. Pushes that wanted them were answered with 503.",
+			Name: "promferry_gateway_disk_write_failures_total", Help: "Writes of groups to disk that failed. Pushes that had to be on disk were answered with 503.",
 		}),
 	}
 	r.MustRegister(m.duration, m.failures)

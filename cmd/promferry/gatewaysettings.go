@@ -70,13 +70,11 @@ func (s *gatewayServerSettings) check() []error {
 
 // flags returns the settings in force by the names of their flags. None of them is a secret.
 func (s *gatewayServerSettings) flags() map[string]string {
-	return map[string]string{
-		s.WebListenAddress.flag: s.WebListenAddress.String(), s.WebConfigFile.flag: s.WebConfigFile.String(),
-		s.WebEnableAdminAPI.flag: s.WebEnableAdminAPI.String(), s.AuthFile.flag: s.AuthFile.String(), s.ExpireDefault.flag: s.ExpireDefault.String(),
-		s.ForgetAfter.flag: s.ForgetAfter.String(), s.LimitBodyBytes.flag: s.LimitBodyBytes.String(),
-		s.LimitGroupSeries.flag: s.LimitGroupSeries.String(), s.LimitGroups.flag: s.LimitGroups.String(),
-		s.StateDir.flag: s.StateDir.String(), s.LogLevel.flag: s.LogLevel.String(), s.LogFormat.flag: s.LogFormat.String(),
+	flags := make(map[string]string)
+	for _, setting := range s.all() {
+		flags[setting.flagName()] = setting.String()
 	}
+	return flags
 }
 
 // toggle is off unless the user says otherwise. Its flag needs no value.

@@ -40,10 +40,13 @@ type anySetting interface {
 	kingpin.Value
 	register(cmd *kingpin.CmdClause)
 	row() string
+	flagName() string
 	env() string
 	check() []error
 	forgive() []error
 }
+
+func (s *setting[T]) flagName() string { return s.flag }
 
 // env returns the name of the variable: the flag's, in the plural for a list.
 func (s *setting[T]) env() string {
