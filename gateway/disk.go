@@ -19,6 +19,7 @@ import (
 // disk keeps records by number in a file of bbolt. It is safe for concurrent use.
 type disk struct {
 	path    string
+	info    os.FileInfo // of the file that is open
 	db      *bolt.DB
 	metrics *diskMetrics
 	// step is called before and after each write. Tests end the process there.
@@ -78,7 +79,11 @@ func openDisk(path string, r prometheus.Registerer) (_ *disk, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	return &disk{path: path, db: db, metrics: newDiskMetrics(r), next: newBatch(), step: func(string) {}}, nil
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return &disk{path: path, info: info, db: db, metrics: newDiskMetrics(r), next: newBatch(), step: func(string) {}}, nil
 }
 
 // What is free is found out when the file is opened: then a write needs not tell it.
@@ -160,6 +165,10 @@ func (d *disk) commit(changes []change) (err error) {
 			err = damaged(d.path, p)
 		}
 	}()
+	// What is written to a file without this name is gone with the process.
+	if info, err := os.Stat(d.path); err != nil || !os.SameFile(info, d.info) {
+		return errors.New("it was moved or deleted while the gateway had it open: restart the gateway")
+	}
 	return d.db.Update(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(bucketName)
 		for _, c := range changes {

@@ -95,16 +95,21 @@ func TestSweep(t *testing.T) {
 		defer cancel()
 		done := make(chan error, 1)
 		go func() { done <- g.Run(ctx) }()
-		want(t, ask(g, http.MethodPut, "/metrics/job/d", "a 1\n"), http.StatusTooManyRequests, "--limit.groups")
+		// A group that holds nothing makes room, but not for another one that would hold nothing.
+		want(t, ask(g, http.MethodPut, "/metrics/job/x", "a 1 1\n"), http.StatusBadRequest)
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `"c"`, `!"x"`)
+		put(t, g, "/metrics/job/d", "a 1\n")
+		want(t, ask(g, http.MethodGet, "/sd", ""), http.StatusOK, `!"c"`)
+		want(t, ask(g, http.MethodPut, "/metrics/job/e", "a 1\n"), http.StatusTooManyRequests, "--limit.groups")
 		<-time.After(24*time.Hour + 30*time.Second + sweepEvery)
 		synctest.Wait()
 		g.store.mu.RLock()
 		got := len(g.store.groups)
 		g.store.mu.RUnlock()
-		if got != 1 {
-			t.Errorf("%d groups, want 1", got)
+		if got != 2 {
+			t.Errorf("%d groups, want 2", got)
 		}
-		want(t, ask(g, http.MethodPut, "/metrics/job/d", "a 1\n"), http.StatusOK)
+		want(t, ask(g, http.MethodPut, "/metrics/job/e", "a 1\n"), http.StatusOK)
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)

@@ -15,7 +15,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/common/expfmt"
 
-	"github.com/promferry/promferry/exposition"
 	"github.com/promferry/promferry/pushgw"
 )
 
@@ -42,10 +41,13 @@ type Gateway struct {
 	store   *Store
 	started time.Time
 	metrics *metrics
-	// parsing has room for as many pushes as are read and rendered at a time.
-	parsing chan struct{}
+	// parsing has room for as many pushes as are read and rendered at a time, parsingLarge for
+	// those with large bodies: who pushes small ones does not wait for these.
+	parsing, parsingLarge chan struct{}
 	// large has room for as many large bodies as are read at a time.
 	large chan struct{}
+	// pages has room for as many answers with all groups as are made at a time.
+	pages chan struct{}
 }
 
 // New returns a Gateway with the groups that its file holds. It must be closed.
@@ -59,7 +61,9 @@ func New(config Config) (*Gateway, error) {
 	}
 	return &Gateway{
 		config: config, store: store, started: time.Now(), metrics: newMetrics(config.Registerer, store),
-		parsing: make(chan struct{}, 2*runtime.GOMAXPROCS(0)), large: make(chan struct{}, largeBodies),
+		parsing: make(chan struct{}, 2*runtime.GOMAXPROCS(0)), parsingLarge: make(chan struct{}, runtime.GOMAXPROCS(0)),
+		large: make(chan struct{}, largeBodies),
+		pages: make(chan struct{}, maxPages),
 	}, nil
 }
 
@@ -94,7 +98,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case isGroupPath(path):
 		g.group(w, r, strings.TrimPrefix(path, "/metrics"))
 	case path == "/metrics":
-		answer(w, r, g.all)
+		answer(w, r, g.oneOfFew(g.all))
 	case strings.HasPrefix(path, "/groups/") && isGroupPath("/metrics"+strings.TrimPrefix(path, "/groups")) && strings.HasSuffix(path, "/metrics"):
 		answer(w, r, g.target)
 	case path == "/sd":
@@ -105,7 +109,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case r.Method == http.MethodDelete:
 			g.deleteMatching(w, r)
 		default:
-			g.apiMetrics(w, r)
+			g.oneOfFew(g.apiMetrics)(w, r)
 		}
 	case path == "/api/v1/status":
 		answer(w, r, g.apiStatus)
@@ -121,6 +125,28 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // answer lets a handler answer GET.
 func answer(w http.ResponseWriter, r *http.Request, handler http.HandlerFunc) {
 	if allow(w, r, http.MethodGet) {
+		handler(w, r)
+	}
+}
+
+// maxPages is how many answers with all groups are made at a time, each of which takes the memory
+// of all their texts, pageTime for how long others wait.
+const (
+	maxPages = 2
+	pageTime = 5 * time.Second
+)
+
+// oneOfFew lets a handler answer when not too many others do.
+func (g *Gateway) oneOfFew(handler http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), pageTime)
+		defer cancel()
+		leave, err := take(ctx, g.pages)
+		defer leave()
+		if err != nil {
+			http.Error(w, fmt.Sprintf("%d answers with all groups are being made or read, and take long: scrape each group as a target (/sd)", maxPages), http.StatusServiceUnavailable)
+			return
+		}
 		handler(w, r)
 	}
 }
@@ -190,34 +216,6 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 	}
 	defer p.release()
 	return g.store.apply(p)
-}
-
-// read reads a push.
-func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) (*pushed, error) {
-	b := getBuffer()
-	defer putBuffer(b)
-	done, err := g.readBody(w, r, b)
-	defer done()
-	if err != nil {
-		return nil, err
-	}
-	select {
-	case g.parsing <- struct{}{}:
-		defer func() { <-g.parsing }()
-	case <-r.Context().Done():
-		return nil, ended(context.Cause(r.Context()))
-	}
-	families, err := readFamilies(r.Context(), b.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
-	if err != nil {
-		return nil, err
-	}
-	if n := exposition.Samples(families); int64(n*len(labelText(key))) > g.config.MaxBodyBytes {
-		return nil, &Refusal{
-			Status: http.StatusRequestEntityTooLarge, Reason: reasonSize,
-			Text: fmt.Sprintf("with the labels of the grouping key in each of its %d series the text would be larger than %d bytes (--limit.body-bytes)", n, g.config.MaxBodyBytes),
-		}
-	}
-	return prepare(key, families, r.Method == http.MethodPost), nil
 }
 
 // all answers a scrape of all groups, or of those that the query selects, with the gateway's own

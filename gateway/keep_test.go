@@ -5,11 +5,13 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -460,6 +462,27 @@ func TestLastSweep(t *testing.T) {
 	g = restart(t, g, nil)
 	if got := g.Status().Groups[0].Failure; refused == "" || got != refused {
 		t.Errorf("%q, want %q", got, refused)
+	}
+}
+
+// TestFileReplaced has somebody move the file away, or put another one there: what would be gone
+// with the process is not answered with 200.
+func TestFileReplaced(t *testing.T) {
+	for name, change := range map[string]func(file string) error{
+		"deleted":  os.Remove,
+		"moved":    func(file string) error { return os.Rename(file, file+".moved") },
+		"replaced": func(file string) error { return errors.Join(os.Remove(file), os.WriteFile(file, nil, 0o600)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+			put(t, g, "/metrics/job/batch", "a 1\n")
+			if err := change(g.config.File); err != nil {
+				t.Fatal(err)
+			}
+			want(t, ask(g, http.MethodPut, "/metrics/job/batch", "a 2\n"), http.StatusServiceUnavailable, "moved or deleted", "restart the gateway")
+			put(t, g, "/metrics/job/node", expiring)
+			want(t, ask(g, http.MethodGet, "/groups/job/batch/metrics", ""), http.StatusOK, "} 1\n")
+		})
 	}
 }
 

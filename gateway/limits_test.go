@@ -184,3 +184,71 @@ func TestLargeBodies(t *testing.T) {
 		wg.Wait()
 	})
 }
+
+// TestTurns has large bodies take all the time that there is for them: small ones go on, and
+// a large one that is not read in time was not wrong, so its sender does not give it up.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, func(c *Config) { c.MaxBodyBytes = 4 * smallBody })
+		for range cap(g.parsingLarge) {
+			g.parsingLarge <- struct{}{}
+		}
+		put(t, g, "/metrics/job/small", "a 1\n")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		large := "b 1\n" + strings.Repeat("#\n", smallBody/2)
+		w := httptest.NewRecorder()
+		g.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodPut, "http://hub:9091/metrics/job/small", strings.NewReader(large)))
+		want(t, w, http.StatusTooManyRequests, "push it again")
+		<-g.parsingLarge
+		put(t, g, "/metrics/job/small", large)
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := readFamilies(ctx, []byte("a 1\n"), "", 1)
+	if r := asRefusal(err); r.Status != http.StatusTooManyRequests {
+		t.Errorf("cut while it is read: %d, %v", r.Status, r)
+	}
+}
+
+// TestFewPages has two who do not read the answers with all groups that they asked for: a third
+// one is told so, and targets go on.
+func TestFewPages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, nil)
+		put(t, g, "/metrics/job/j", "a 1\n")
+		for range maxPages {
+			g.pages <- struct{}{}
+		}
+		for _, path := range []string{"/metrics", "/api/v1/metrics"} {
+			begin := time.Now()
+			want(t, ask(g, http.MethodGet, path, ""), http.StatusServiceUnavailable, "2 answers with all groups", "/sd")
+			if took := time.Since(begin); took != pageTime {
+				t.Errorf("it waited for %v", took)
+			}
+		}
+		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK)
+		<-g.pages
+		want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "a{")
+		want(t, ask(g, http.MethodGet, "/api/v1/metrics", ""), http.StatusOK)
+	})
+}
+
+// TestUnpackedLarge has bodies that are large only when they are unpacked: they wait for the turns
+// of large ones.
+func TestUnpackedLarge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, func(c *Config) { c.MaxBodyBytes = 4 * smallBody })
+		large := gzipText(t, strings.Repeat("#\n", smallBody)+"a 1\n")
+		for range largeBodies {
+			g.large <- struct{}{}
+		}
+		want(t, ask(g, http.MethodPut, "/metrics/job/j", large, "Content-Encoding", "gzip"), http.StatusTooManyRequests, "8 bodies of more than")
+		want(t, ask(g, http.MethodPut, "/metrics/job/j", gzipText(t, "b 1\n"), "Content-Encoding", "gzip"), http.StatusOK)
+		<-g.large
+		want(t, ask(g, http.MethodPut, "/metrics/job/j", large, "Content-Encoding", "gzip"), http.StatusOK)
+		if len(g.large) != largeBodies-1 || len(g.parsing) != 0 || len(g.parsingLarge) != 0 {
+			t.Error("a turn was not given back")
+		}
+	})
+}

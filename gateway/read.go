@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/klauspost/compress/gzip"
@@ -18,6 +17,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/pushgw"
 )
 
 const (
@@ -27,58 +27,130 @@ const (
 	parseTime = 30 * time.Second
 )
 
-// gunzippers are used again: a new one allocates some 40 KiB.
-var gunzippers = sync.Pool{New: func() any { return new(gzip.Reader) }}
-
-// readBody reads the body of a push into b, unpacked. Done is to be called when b is not needed
-// any more.
-func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) (done func(), err error) {
-	done = func() {}
-	control := http.NewResponseController(w)
-	_ = control.SetReadDeadline(time.Now().Add(bodyTime))
-	most := g.config.MaxBodyBytes
-	var body io.Reader = http.MaxBytesReader(w, r.Body, most)
-	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
-	switch encoding {
-	case "gzip":
-		z := gunzippers.Get().(*gzip.Reader)
-		defer gunzippers.Put(z)
-		if err := z.Reset(body); err != nil {
-			return done, g.bodyFault(encoding, err)
-		}
-		body = z
-	case "snappy":
-		body = snappy.NewReader(body)
-	default: // As a Pushgateway does: it is read as it is.
-		encoding = ""
-	}
-	n, err := b.ReadFrom(io.LimitReader(body, min(smallBody, most)+1))
-	if err == nil && n > smallBody && n <= most {
-		if done, err = g.largeTurn(r.Context()); err != nil {
-			return done, err
-		}
-		_ = control.SetReadDeadline(time.Now().Add(bodyTime))
-		var more int64
-		more, err = b.ReadFrom(io.LimitReader(body, most+1-n))
-		n += more
-	}
-	if err != nil {
-		return done, g.bodyFault(encoding, err)
-	}
-	if n > most {
-		return done, g.tooLarge()
-	}
-	// All of it came. At a deadline in the time that follows, net/http would end the request.
-	_ = control.SetReadDeadline(time.Now().Add(parseTime + writeTime))
-	return done, nil
-}
-
-// smallBody is up to which size, in bytes, unpacked, a body waits for nobody. Of larger ones,
-// largeBodies are read at a time, so that many of them take no more memory than some.
+// smallBody is up to which size, in bytes, a body waits for no larger one. Of those, largeBodies
+// are held at a time, so that many of them take no more memory than some.
 const (
 	smallBody   = 1 << 20
 	largeBodies = 8
 )
+
+// read reads a push and makes it ready to be applied. Errors are *Refusal.
+func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.GroupingKey) (*pushed, error) {
+	packed, text := getBuffer(), getBuffer()
+	defer putBuffer(packed)
+	defer putBuffer(text)
+	done, err := g.receive(w, r, packed)
+	defer func() { done() }()
+	if err != nil {
+		return nil, err
+	}
+	// Only now: what is unpacked takes memory that its sender did not have to send.
+	turn, large := g.parsing, packed.Len() > smallBody
+	if large {
+		turn = g.parsingLarge
+	}
+	leave, err := take(r.Context(), turn)
+	defer func() { leave() }()
+	if err != nil {
+		return nil, err
+	}
+	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
+	body, err := unpacker(encoding, packed)
+	if err != nil {
+		return nil, err
+	}
+	most := g.config.MaxBodyBytes
+	n, err := text.ReadFrom(io.LimitReader(body, min(smallBody, most)+1))
+	if err == nil && n > smallBody {
+		if !large { // But unpacked it is.
+			leave()
+			leave = func() {}
+			if done, err = g.largeTurn(r.Context()); err != nil {
+				return nil, err
+			}
+			if leave, err = take(r.Context(), g.parsingLarge); err != nil {
+				return nil, err
+			}
+		}
+		_, err = text.ReadFrom(io.LimitReader(body, most+1-n))
+	}
+	if err != nil {
+		return nil, badEncoding(encoding, err)
+	}
+	if int64(text.Len()) > most {
+		return nil, g.tooLarge()
+	}
+	families, err := readFamilies(r.Context(), text.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries)
+	if err != nil {
+		return nil, err
+	}
+	if n := exposition.Samples(families); int64(n*len(labelText(key))) > most {
+		return nil, &Refusal{
+			Status: http.StatusRequestEntityTooLarge, Reason: reasonSize,
+			Text: fmt.Sprintf("with the labels of the grouping key in each of its %d series the text would be larger than %d bytes (--limit.body-bytes)", n, most),
+		}
+	}
+	return prepare(key, families, r.Method == http.MethodPost), nil
+}
+
+// take waits for a turn. Leave gives it back.
+func take(ctx context.Context, turn chan struct{}) (leave func(), err error) {
+	select {
+	case turn <- struct{}{}:
+		return func() { <-turn }, nil
+	case <-ctx.Done():
+		return func() {}, ended(context.Cause(ctx))
+	}
+}
+
+// receive reads the body of a push into b, as it came. Done is to be called when the push is
+// read.
+func (g *Gateway) receive(w http.ResponseWriter, r *http.Request, b *bytes.Buffer) (done func(), err error) {
+	done = func() {}
+	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Now().Add(bodyTime))
+	body := http.MaxBytesReader(w, r.Body, g.config.MaxBodyBytes)
+	n, err := b.ReadFrom(io.LimitReader(body, smallBody+1))
+	if err == nil && n > smallBody {
+		if done, err = g.largeTurn(r.Context()); err != nil {
+			return done, err
+		}
+		_ = control.SetReadDeadline(time.Now().Add(bodyTime))
+		_, err = b.ReadFrom(body)
+	}
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return done, g.tooLarge()
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return done, &Refusal{Status: http.StatusRequestTimeout, Reason: reasonTimeout, Text: fmt.Sprintf("the body did not come within %v", bodyTime)}
+	}
+	if err != nil {
+		return done, badBody(err)
+	}
+	// All of it came. At a deadline in the time that follows, net/http would end the request.
+	_ = control.SetReadDeadline(time.Now().Add(2*bodyTime + parseTime + writeTime))
+	return done, nil
+}
+
+// unpacker reads what is packed in an encoding. Others than these are read as they are, as a
+// Pushgateway does.
+func unpacker(encoding string, packed io.Reader) (io.Reader, error) {
+	switch encoding {
+	case "gzip":
+		z, err := gzip.NewReader(packed)
+		if err != nil {
+			return nil, badEncoding(encoding, err)
+		}
+		return z, nil
+	case "snappy":
+		return snappy.NewReader(packed), nil
+	}
+	return packed, nil
+}
+
+func badEncoding(encoding string, err error) error {
+	return badBody(fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %s: %w", encoding, err))
+}
 
 // largeTurn waits until another large body may be read.
 func (g *Gateway) largeTurn(ctx context.Context) (done func(), err error) {
@@ -90,22 +162,9 @@ func (g *Gateway) largeTurn(ctx context.Context) (done func(), err error) {
 	case <-ctx.Done():
 		return func() {}, &Refusal{
 			Status: http.StatusTooManyRequests, Reason: reasonBusy,
-			Text: fmt.Sprintf("%d bodies of more than %d bytes are being read, and none came to its end within %v", largeBodies, smallBody, bodyTime),
+			Text: fmt.Sprintf("%d bodies of more than %d bytes are being read, and none was done within %v", largeBodies, smallBody, bodyTime),
 		}
 	}
-}
-
-func (g *Gateway) bodyFault(encoding string, err error) error {
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return g.tooLarge()
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return &Refusal{Status: http.StatusRequestTimeout, Reason: reasonTimeout, Text: fmt.Sprintf("the body did not come within %v", bodyTime)}
-	}
-	if encoding != "" {
-		err = fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %s: %w", encoding, err)
-	}
-	return badBody(err)
 }
 
 func (g *Gateway) tooLarge() error {

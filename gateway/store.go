@@ -202,7 +202,7 @@ func (s *Store) Push(key pushgw.GroupingKey, families []*dto.MetricFamily, add b
 // apply does what was prepared.
 func (s *Store) apply(p *pushed) error {
 	for {
-		g, err := s.groupOf(p.key)
+		g, err := s.groupOf(p.key, p.err == nil)
 		if err != nil {
 			return cmp.Or(p.err, err)
 		}
@@ -322,8 +322,9 @@ func (s *Store) Refused(key pushgw.GroupingKey, why *Refusal) {
 	}
 }
 
-// groupOf returns the group of a key, and makes it where there is none.
-func (s *Store) groupOf(key pushgw.GroupingKey) (*group, error) {
+// groupOf returns the group of a key, and makes it where there is none. With room, one that holds
+// nothing makes room for it.
+func (s *Store) groupOf(key pushgw.GroupingKey, room bool) (*group, error) {
 	path := groupPath(key)
 	s.mu.RLock()
 	g := s.groups[path]
@@ -336,7 +337,7 @@ func (s *Store) groupOf(key pushgw.GroupingKey) (*group, error) {
 	if g := s.groups[path]; g != nil {
 		return g, nil
 	}
-	if len(s.groups) >= s.config.MaxGroups {
+	if len(s.groups) >= s.config.MaxGroups && (!room || !s.dropRefused()) {
 		return nil, &Refusal{
 			Status: http.StatusTooManyRequests, Reason: reasonGroups,
 			Text: fmt.Sprintf("there are %d groups, and no more may be made (--limit.groups): delete some", len(s.groups)),
@@ -346,6 +347,27 @@ func (s *Store) groupOf(key pushgw.GroupingKey) (*group, error) {
 	g = newGroup(key, s.made)
 	s.groups[path] = g
 	return g, nil
+}
+
+// dropRefused removes a group that no push to ever succeeded, and tells whether there was one:
+// pushes that are refused must not leave no room for others. The lock of the store is held.
+func (s *Store) dropRefused() bool {
+	for path, g := range s.groups {
+		// Who removes groups has their locks first, so that this must not wait for one.
+		if st := g.now.Load(); st.content != nil || st.awaited || st.failed.IsZero() || !g.mu.TryLock() {
+			continue
+		}
+		st := g.now.Load()
+		if st.content == nil && !g.kept.there {
+			g.removed = true
+			delete(s.groups, path)
+		}
+		g.mu.Unlock()
+		if g.removed {
+			return true
+		}
+	}
+	return false
 }
 
 func newGroup(key pushgw.GroupingKey, number uint64) *group {

@@ -209,17 +209,25 @@ func newGzip(w io.Writer) *gzip.Writer {
 }
 
 // steadyWriter gives each write a time of its own, so that a long answer may take long, but
-// nobody who stops to read it holds it for ever.
+// nobody who stops to read it, or reads a little at a time, holds it for ever.
 type steadyWriter struct {
 	w       io.Writer
 	control *http.ResponseController
+	end     time.Time
 }
 
+// answerTime is how long an answer may take in all.
+const answerTime = 5 * time.Minute
+
 func steady(w http.ResponseWriter) io.Writer {
-	return steadyWriter{w, http.NewResponseController(w)}
+	return steadyWriter{w, http.NewResponseController(w), time.Now().Add(answerTime)}
 }
 
 func (s steadyWriter) Write(b []byte) (int, error) {
-	_ = s.control.SetWriteDeadline(time.Now().Add(writeTime))
+	next := time.Now().Add(writeTime)
+	if next.After(s.end) {
+		next = s.end
+	}
+	_ = s.control.SetWriteDeadline(next)
 	return s.w.Write(b)
 }
