@@ -126,9 +126,14 @@ const graceAfterStart = time.Hour
 
 // load makes the groups that are on disk.
 func (s *Store) load(logger *slog.Logger) error {
-	return s.disk.each(func(number uint64, b []byte, err error) {
-		var r record
-		err = cmp.Or(err, json.Unmarshal(b, &r)) // Of what is damaged it may still tell whose it is.
+	type loaded struct {
+		number uint64
+		record
+	}
+	var all []loaded
+	err := s.disk.each(func(number uint64, b []byte, err error) {
+		r := loaded{number: number}
+		err = cmp.Or(err, json.Unmarshal(b, &r.record)) // Of what is damaged it may still tell whose it is.
 		if err == nil && r.Content != nil {
 			_, err = r.Content.families()
 		}
@@ -139,13 +144,21 @@ func (s *Store) load(logger *slog.Logger) error {
 			logger.Error("A group on disk is damaged, and left out", "job", r.Job, "labels", r.Labels, "err", err)
 			return
 		}
-		s.made = max(s.made, number)
-		g := newGroup(pushgw.GroupingKey{Job: r.Job, Labels: r.Labels}, number)
-		st := s.restored(g, r)
+		all = append(all, r)
+	})
+	if err != nil {
+		return err
+	}
+	s.started = time.Now() // Before, nobody could push.
+	for _, r := range all {
+		s.made = max(s.made, r.number)
+		g := newGroup(pushgw.GroupingKey{Job: r.Job, Labels: r.Labels}, r.number)
+		st := s.restored(g, r.record)
 		g.kept = st.mark(s.started)
 		g.now.Store(st)
 		s.groups[g.path] = g
-	})
+	}
+	return nil
 }
 
 // restored returns what a group is at the start of the gateway. Nobody is silent that was not

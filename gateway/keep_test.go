@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/http"
@@ -463,6 +464,36 @@ func TestLastSweep(t *testing.T) {
 	if got := g.Status().Groups[0].Failure; refused == "" || got != refused {
 		t.Errorf("%q, want %q", got, refused)
 	}
+}
+
+// slowHandler takes a while for each line of the log.
+type slowHandler struct {
+	slog.Handler
+	takes time.Duration
+}
+
+func (slowHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h slowHandler) Handle(context.Context, slog.Record) error {
+	<-time.After(h.takes)
+	return nil
+}
+
+// TestRestartTakesLong has a file that takes longer to read than a push is good: the time for the
+// next push begins when it can be answered.
+func TestRestartTakesLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newTest(t, inFile(filepath.Join(t.TempDir(), "groups.db")))
+		put(t, g, "/metrics/job/node", expiring)
+		if err := g.store.disk.write(change{number: 99, record: []byte("no record")}); err != nil {
+			t.Fatal(err)
+		}
+		g = restart(t, g, func(c *Config) { c.Logger = slog.New(slowHandler{slog.DiscardHandler, time.Minute}) })
+		<-time.After(30*time.Second - 1)
+		want(t, ask(g, http.MethodGet, "/groups/job/node/metrics", ""), http.StatusOK)
+		<-time.After(1)
+		want(t, ask(g, http.MethodGet, "/groups/job/node/metrics", ""), http.StatusServiceUnavailable)
+	})
 }
 
 // TestFileReplaced has somebody move the file away, or put another one there: what would be gone
