@@ -230,7 +230,7 @@ func TestSound(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // Only to be the same each time.
+	random := rand.New(rand.NewPCG(1, 2)) // The same each time.
 	there := make(map[uint64]int)
 	for round := range 400 {
 		var changes []change
