@@ -503,18 +503,22 @@ func (r *restart) do(ctx context.Context, s *real.Server) error {
 // printScrapes prints what came of puts and scrapes, before a restart and from then on.
 func printScrapes(f *fleet, r restart, steadyFrom time.Duration) error {
 	t := table()
-	_, _ = fmt.Fprintln(t, "\tbegun\t\tnumber\tp50 ms\tp99 ms\tmax ms\tfirst s\tlast s\t")
+	_, _ = fmt.Fprintln(t, "\tover\t\tnumber\tp50 ms\tp99 ms\tmax ms\tfirst s\tlast s\t")
 	var asked verdicts
 	lastNotWhole := time.Duration(0)
 	for _, kind := range []struct {
 		name   string
 		events []event
 	}{{"puts", f.puts}, {"scrapes", f.scrapes}} {
+		over := func(e event) bool { return e.at+e.took < r.at } // Before the restart.
 		for _, part := range []struct {
-			name     string
-			from, to time.Duration
-		}{{"before", steadyFrom, r.at}, {"after", r.at, f.length}} {
-			events := slices.DeleteFunc(slices.Clone(kind.events), func(e event) bool { return e.at < part.from || e.at >= part.to })
+			name string
+			in   func(event) bool
+		}{
+			{"before", func(e event) bool { return e.at >= steadyFrom && over(e) }},
+			{"after", func(e event) bool { return e.at < f.length && !over(e) }},
+		} {
+			events := slices.DeleteFunc(slices.Clone(kind.events), func(e event) bool { return !part.in(e) })
 			slices.SortFunc(events, func(a, b event) int { return cmp.Compare(a.at, b.at) })
 			for _, what := range outcomes(events) {
 				q := quantilesOf(events, what)
