@@ -22,20 +22,7 @@ import (
 func TestGatewayWithPrometheus(t *testing.T) {
 	t.Parallel()
 	gateway := startGateway(t)
-	p, err := real.Prometheus(t.Context(), t.TempDir(), fmt.Sprintf(`
-- job_name: targets
-  honor_labels: true
-  http_sd_configs: [{url: %q, refresh_interval: 1s}]
-  metric_relabel_configs: [{target_label: way, replacement: target}]
-- job_name: page
-  honor_labels: true
-  static_configs: [{targets: [%q]}]
-  metric_relabel_configs: [{target_label: way, replacement: page}]
-`, gateway.URL+"/sd", gateway.Addr))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(p.Kill)
+	p := scrapeBothWays(t, gateway)
 	exporter := startExporter(t)
 	put(t, gateway, "/metrics/job/backup/shard/a", "backup_size_bytes 42\n")
 	flags := []string{"--push.url=" + gateway.URL, "--push.target=node=" + exporter.URL + "/metrics", "--instance=web-1", "--push.expires-after=3s"}
@@ -67,6 +54,28 @@ func TestGatewayWithPrometheus(t *testing.T) {
 	for _, up := range []string{upOfTarget, upOfPage} {
 		waitQuery(t, p, up, exactly(1))
 	}
+}
+
+// scrapeBothWays starts a Prometheus that scrapes each group of a gateway as a target of its own
+// (its series have way="target", up and what else Prometheus makes has none), and the page with all
+// of them (way="page").
+func scrapeBothWays(t *testing.T, gateway *real.Gateway) *real.PrometheusServer {
+	t.Helper()
+	p, err := real.Prometheus(t.Context(), t.TempDir(), fmt.Sprintf(`
+- job_name: targets
+  honor_labels: true
+  http_sd_configs: [{url: %q, refresh_interval: 1s}]
+  metric_relabel_configs: [{target_label: way, replacement: target}]
+- job_name: page
+  honor_labels: true
+  static_configs: [{targets: [%q]}]
+  metric_relabel_configs: [{target_label: way, replacement: page}]
+`, gateway.URL+"/sd", gateway.Addr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Kill)
+	return p
 }
 
 // TestGatewayPromtool puts each accident, and a real exporter's answer, to a group of its own:

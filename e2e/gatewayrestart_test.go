@@ -19,20 +19,7 @@ import (
 func TestGatewayRestart(t *testing.T) {
 	t.Parallel()
 	gateway := startGateway(t)
-	p, err := real.Prometheus(t.Context(), t.TempDir(), fmt.Sprintf(`
-- job_name: targets
-  honor_labels: true
-  http_sd_configs: [{url: %q, refresh_interval: 1s}]
-  metric_relabel_configs: [{target_label: way, replacement: target}]
-- job_name: page
-  honor_labels: true
-  static_configs: [{targets: [%q]}]
-  metric_relabel_configs: [{target_label: way, replacement: page}]
-`, gateway.URL+"/sd", gateway.Addr))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(p.Kill)
+	p := scrapeBothWays(t, gateway)
 	const node = "# TYPE up gauge\nup 1\nnode_load1 0.5\npromferry_expires_after_seconds %d\n"
 	put(t, gateway, "/metrics/job/node/instance/dead", fmt.Sprintf(node, 1))
 	put(t, gateway, "/metrics/job/node/instance/dying", fmt.Sprintf(node, 8))

@@ -29,6 +29,7 @@ type disk struct {
 	next *batch // gathers changes while others are written
 
 	writing sync.Mutex
+	all     tally // of what is in the file; changed by who holds writing
 }
 
 // change is what a record is from now on; nil: it is gone.
@@ -83,7 +84,14 @@ func openDisk(path string, r prometheus.Registerer) (_ *disk, err error) {
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
-	return &disk{path: path, info: info, db: db, metrics: newDiskMetrics(r), next: newBatch(), step: func(string) {}}, nil
+	d := &disk{path: path, info: info, db: db, metrics: newDiskMetrics(r), next: newBatch(), step: func(string) {}}
+	err = db.View(func(tx *bolt.Tx) error {
+		if bucket := tx.Bucket(bucketName); bucket != nil {
+			d.all = tally(bucket.Sequence())
+		}
+		return nil
+	})
+	return d, err
 }
 
 // What is free is found out when the file is opened: then a write needs not tell it.
@@ -169,23 +177,43 @@ func (d *disk) commit(changes []change) (err error) {
 	if info, err := os.Stat(d.path); err != nil || !os.SameFile(info, d.info) {
 		return errors.New("it was moved or deleted while the gateway had it open: restart the gateway")
 	}
-	return d.db.Update(func(tx *bolt.Tx) error {
+	all := d.all
+	err = d.db.Update(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(bucketName)
 		for _, c := range changes {
 			key := binary.BigEndian.AppendUint64(nil, c.number)
+			if old := bucket.Get(key); len(old) >= sumSize {
+				all = all.without(binary.BigEndian.Uint32(old))
+			}
 			var err error
 			if c.record == nil {
 				err = bucket.Delete(key)
 			} else {
-				err = bucket.Put(key, append(binary.BigEndian.AppendUint32(nil, checksum(key, c.record)), c.record...))
+				sum := checksum(key, c.record)
+				all = all.with(sum)
+				err = bucket.Put(key, append(binary.BigEndian.AppendUint32(nil, sum), c.record...))
 			}
 			if err != nil {
 				return err
 			}
 		}
-		return nil
+		return bucket.SetSequence(uint64(all))
 	})
+	if err == nil {
+		d.all = all
+	}
+	return err
 }
+
+// tally tells whether all records are there, and none of an earlier time: in its lower half how
+// many there are, in its upper half their checksums, XORed. The file has it as the sequence of the
+// bucket. Pages of bbolt have no checksums, so that one which is damaged can lead to another one.
+type tally uint64
+
+func (t tally) with(sum uint32) tally    { return (t ^ tally(sum)<<32) + 1 }
+func (t tally) without(sum uint32) tally { return (t - 1) ^ tally(sum)<<32 }
+
+func (t tally) records() int { return int(uint32(t)) } //nolint:gosec // The lower half.
 
 // sumSize is the length of what is before each record in the file: its checksum.
 const sumSize = 4
@@ -197,23 +225,30 @@ func checksum(key, record []byte) uint32 {
 }
 
 // each calls f with each record, in the order of their numbers; with an error, the record is
-// not what was written. It is good until f returns.
-func (d *disk) each(f func(number uint64, record []byte, err error)) (err error) {
+// not what was written. It is good until f returns. Lost tells how many records are missing, and
+// changed that what is there is not all of what was written last.
+func (d *disk) each(f func(number uint64, record []byte, err error)) (lost int, changed bool, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = damaged(d.path, p)
 		}
 	}()
-	return d.db.View(func(tx *bolt.Tx) error {
+	var written tally
+	d.all = 0
+	err = d.db.View(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(bucketName)
 		if bucket == nil {
 			return damaged(d.path, "there is no list of groups in it")
 		}
+		written = tally(bucket.Sequence())
 		return bucket.ForEach(func(key, b []byte) error {
 			if len(key) != 8 {
 				return damaged(d.path, fmt.Sprintf("a key of %d bytes", len(key)))
 			}
 			var err error
+			if len(b) >= sumSize {
+				d.all = d.all.with(binary.BigEndian.Uint32(b))
+			}
 			record := b[min(sumSize, len(b)):]
 			if len(b) < sumSize || binary.BigEndian.Uint32(b) != checksum(key, record) {
 				err = errors.New("its checksum is wrong")
@@ -222,6 +257,7 @@ func (d *disk) each(f func(number uint64, record []byte, err error)) (err error)
 			return nil
 		})
 	})
+	return written.records() - d.all.records(), written != d.all, err
 }
 
 type diskMetrics struct {

@@ -213,6 +213,11 @@ func TestDiscovery(t *testing.T) {
 			t.Errorf("targets %q", entry.Targets)
 		}
 	}
+	nowhere := httptest.NewRequest(http.MethodGet, "/sd", nil)
+	nowhere.Host = ""
+	w := httptest.NewRecorder()
+	g.ServeHTTP(w, nowhere)
+	want(t, w, http.StatusBadRequest, "no Host")
 	if last := entries[3].Labels; last["job"] != "d" || len(last) != 1 {
 		t.Errorf("labels %v, want only job d", last)
 	}

@@ -131,7 +131,7 @@ func (s *Store) load(logger *slog.Logger) error {
 		record
 	}
 	var all []loaded
-	err := s.disk.each(func(number uint64, b []byte, err error) {
+	lost, changed, err := s.disk.each(func(number uint64, b []byte, err error) {
 		r := loaded{number: number}
 		err = cmp.Or(err, json.Unmarshal(b, &r.record)) // Of what is damaged it may still tell whose it is.
 		if err == nil && r.Content != nil {
@@ -148,6 +148,9 @@ func (s *Store) load(logger *slog.Logger) error {
 	})
 	if err != nil {
 		return err
+	}
+	if changed {
+		logger.Error("The file is damaged: groups are lost, or are what they were before", "file", s.config.File, "lost", lost)
 	}
 	s.started = time.Now() // Before, nobody could push.
 	for _, r := range all {

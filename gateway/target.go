@@ -27,6 +27,10 @@ type targetGroup struct {
 // discovery answers service discovery (http_sd_configs) with one target for each group, silent
 // ones included.
 func (g *Gateway) discovery(w http.ResponseWriter, r *http.Request) {
+	if r.Host == "" {
+		http.Error(w, "the request has no Host, which is to be the targets' address", http.StatusBadRequest)
+		return
+	}
 	states := g.store.states(time.Now())
 	slices.SortFunc(states, func(a, b *state) int { return strings.Compare(a.group.path, b.group.path) })
 	entries := make([]targetGroup, 0, len(states))

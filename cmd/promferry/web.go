@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	toolkit "github.com/prometheus/exporter-toolkit/web"
 
+	"github.com/promferry/promferry/internal/faultlog"
 	"github.com/promferry/promferry/reverse/page"
 )
 
@@ -96,6 +99,23 @@ func (a *announcing) Accept() (net.Conn, error) {
 	return a.Listener.Accept()
 }
 
+// serverErrors logs what net/http tells: what a client did at debug level, and that no connection
+// can be taken, mostly for want of file descriptors, as a fault of this host.
+type serverErrors struct {
+	logger *slog.Logger
+	accept faultlog.Log
+}
+
+func (s *serverErrors) Write(b []byte) (int, error) {
+	text := strings.TrimSpace(string(b))
+	if strings.HasPrefix(text, "http: Accept error: ") {
+		s.accept.Failed(context.Background(), "No connection taken; how many files may be open? (LimitNOFILE=)", errors.New(text))
+	} else {
+		s.logger.Debug(text) //nolint:sloglint // It comes from net/http.
+	}
+	return len(b), nil
+}
+
 // newServer returns a server. Handlers bound the time of reading bodies and of writing.
 func newServer(listener net.Listener, config string, handler http.Handler, logger *slog.Logger) *server {
 	serving := make(chan struct{})
@@ -104,7 +124,7 @@ func newServer(listener net.Listener, config string, handler http.Handler, logge
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       6 * time.Minute, // Longer than Prometheus keeps its own idle connections.
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+		ErrorLog:          log.New(&serverErrors{logger: logger, accept: faultlog.Log{Logger: logger}}, "", 0),
 		Protocols:         &http.Protocols{},
 	}}
 	s.http.Protocols.SetHTTP1(true) // A line cannot be made of an HTTP/2 stream.
