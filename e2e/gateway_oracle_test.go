@@ -71,6 +71,9 @@ func TestGatewayOracle(t *testing.T) {
 func FuzzGatewayOracle(f *testing.F) {
 	o := newOracle(f)
 	for _, in := range oracleFinds() {
+		if !in[0].sendable() {
+			f.Fatalf("it would not be compared: %q", in[0])
+		}
 		second := oraclePush{}
 		if len(in) > 1 {
 			second = in[1]
@@ -90,10 +93,10 @@ func FuzzGatewayOracle(f *testing.F) {
 			second.method, second.body = method, string(again)
 			in = append(in, second)
 		default:
-			t.Skip()
+			return // The fuzzer's own: no such request is compared.
 		}
 		if !first.sendable() {
-			t.Skip()
+			return // As above.
 		}
 		o.compare(t, fmt.Sprintf("%q", in), in)
 	})
