@@ -37,9 +37,9 @@ func writeJSON(w http.ResponseWriter, v any) {
 // apiMetrics lists all groups as a Pushgateway does, or those that the query selects, one after
 // the other, so that they are not all in memory in this form.
 func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
-	matchers, err := matchersOf(r)
-	if err != nil {
-		refuse(w, asRefusal(err))
+	states, leave, ok := g.chosen(w, r)
+	defer leave()
+	if !ok {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -51,10 +51,7 @@ func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
 	}
 	now := time.Now()
 	comma := ""
-	for _, s := range g.store.states(now) {
-		if matchers != nil && !selected(matchers, s.group.key) {
-			continue
-		}
+	for _, s := range states {
 		group, err := s.listed(now)
 		if err != nil {
 			g.config.Logger.Warn("Group listed without its families", "group", s.group.key.String(), "err", err)

@@ -98,7 +98,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case isGroupPath(path):
 		g.group(w, r, strings.TrimPrefix(path, "/metrics"))
 	case path == "/metrics":
-		answer(w, r, g.oneOfFew(g.all))
+		answer(w, r, g.all)
 	case strings.HasPrefix(path, "/groups/") && isGroupPath("/metrics"+strings.TrimPrefix(path, "/groups")) && strings.HasSuffix(path, "/metrics"):
 		answer(w, r, g.target)
 	case path == "/sd":
@@ -109,7 +109,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case r.Method == http.MethodDelete:
 			g.deleteMatching(w, r)
 		default:
-			g.oneOfFew(g.apiMetrics)(w, r)
+			g.apiMetrics(w, r)
 		}
 	case path == "/api/v1/status":
 		answer(w, r, g.apiStatus)
@@ -129,26 +129,45 @@ func answer(w http.ResponseWriter, r *http.Request, handler http.HandlerFunc) {
 	}
 }
 
-// maxPages is how many answers with all groups are made at a time, each of which takes the memory
-// of all their texts, pageTime for how long others wait.
+// maxPages is how many large answers with several groups are made at a time, each of which takes
+// the memory of all their texts, pageTime for how long others wait. One is large above largePage,
+// in bytes of text: who asks for the gateway's own metrics only waits for nobody.
 const (
-	maxPages = 2
-	pageTime = 5 * time.Second
+	maxPages  = 2
+	pageTime  = 5 * time.Second
+	largePage = 1 << 20
 )
 
-// oneOfFew lets a handler answer when not too many others do.
-func (g *Gateway) oneOfFew(handler http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), pageTime)
-		defer cancel()
-		leave, err := take(ctx, g.pages)
-		defer leave()
-		if err != nil {
-			http.Error(w, fmt.Sprintf("%d answers with all groups are being made or read, and take long: scrape each group as a target (/sd)", maxPages), http.StatusServiceUnavailable)
-			return
-		}
-		handler(w, r)
+// chosen returns what the groups are that a request selects, all where it says nothing of it, and
+// waits until not too many others are answered. Where it is not ok the request is answered.
+// Leave is to be called when the answer is made.
+func (g *Gateway) chosen(w http.ResponseWriter, r *http.Request) (states []*state, leave func(), ok bool) {
+	leave = func() {}
+	matchers, err := matchersOf(r)
+	if err != nil {
+		refuse(w, asRefusal(err))
+		return nil, leave, false
 	}
+	states = g.store.states(time.Now())
+	if matchers != nil {
+		states = slices.DeleteFunc(states, func(s *state) bool { return !selected(matchers, s.group.key) })
+	}
+	size := 0
+	for _, s := range states {
+		if s.content != nil {
+			size += s.content.size()
+		}
+	}
+	if size <= largePage {
+		return states, leave, true
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), pageTime)
+	defer cancel()
+	if leave, err = take(ctx, g.pages); err != nil {
+		http.Error(w, fmt.Sprintf("%d answers with many groups are being made or read, and take long: scrape each group as a target (/sd)", maxPages), http.StatusServiceUnavailable)
+		return nil, leave, false
+	}
+	return states, leave, true
 }
 
 // allow tells whether a request has one of the methods. It answers others.
@@ -222,9 +241,9 @@ func (g *Gateway) push(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 // metrics. It is always text: Prometheus refuses all of a page in protobuf for one native
 // histogram that is wrong.
 func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
-	matchers, err := matchersOf(r)
-	if err != nil {
-		refuse(w, asRefusal(err))
+	states, leave, ok := g.chosen(w, r)
+	defer leave()
+	if !ok {
 		return
 	}
 	scheme := expfmt.NegotiateAccept(r.Header, expfmt.DefaultAcceptedFormats()...).ToEscapingScheme()
@@ -243,16 +262,14 @@ func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
 		p.add(f, []byte("{}"))
 	}
 	now := time.Now()
-	for _, s := range g.store.states(now) {
-		if matchers == nil || selected(matchers, s.group.key) {
-			p.state(s, now)
-		}
+	for _, s := range states {
+		p.state(s, now)
 	}
 	body, done := packed(w, r)
 	w.Header().Set("Content-Type", string(expfmt.FmtText.WithEscapingScheme(scheme)))
 	_ = p.write(body)
 	done()
-	if matchers == nil {
+	if !r.URL.Query().Has(matchParameter) {
 		g.metrics.leftOut.Set(float64(p.leftOut))
 	}
 }

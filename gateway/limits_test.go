@@ -215,22 +215,29 @@ func TestTurns(t *testing.T) {
 // one is told so, and targets go on.
 func TestFewPages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newTest(t, nil)
-		put(t, g, "/metrics/job/j", "a 1\n")
+		g := newTest(t, func(c *Config) { c.MaxBodyBytes = 2 * largePage })
+		put(t, g, "/metrics/job/j", "# HELP a "+strings.Repeat("x", largePage)+"\na 1\n")
+		put(t, g, "/metrics/job/k", "b 1\n")
 		for range maxPages {
 			g.pages <- struct{}{}
 		}
 		for _, path := range []string{"/metrics", "/api/v1/metrics"} {
 			begin := time.Now()
-			want(t, ask(g, http.MethodGet, path, ""), http.StatusServiceUnavailable, "2 answers with all groups", "/sd")
+			want(t, ask(g, http.MethodGet, path, ""), http.StatusServiceUnavailable, "2 answers with many groups", "/sd")
 			if took := time.Since(begin); took != pageTime {
 				t.Errorf("it waited for %v", took)
 			}
 		}
 		want(t, ask(g, http.MethodGet, "/groups/job/j/metrics", ""), http.StatusOK)
+		// Nobody is to think that the gateway is down.
+		want(t, ask(g, http.MethodGet, "/metrics?match[]={job=\"\"}", ""), http.StatusOK, "promferry_gateway_groups{", "!\na{", "!\nb{")
+		want(t, ask(g, http.MethodGet, "/metrics?match[]={job=\"k\"}", ""), http.StatusOK, "\nb{")
 		<-g.pages
 		want(t, ask(g, http.MethodGet, "/metrics", ""), http.StatusOK, "a{")
 		want(t, ask(g, http.MethodGet, "/api/v1/metrics", ""), http.StatusOK)
+		if len(g.pages) != maxPages-1 {
+			t.Error("a turn was not given back")
+		}
 	})
 }
 
