@@ -1,5 +1,9 @@
 # Each target installs what it needs into .tools; `rm -r .tools` undoes all of it.
 
+# go.mod names the Go release that everything is built with, for its security fixes. Some
+# distributions switch that off by GOTOOLCHAIN=local, in their go.env.
+export GOTOOLCHAIN ?= auto
+
 TOOLS := $(CURDIR)/.tools
 BIN   := $(TOOLS)/bin
 
