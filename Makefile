@@ -27,7 +27,7 @@ LDFLAGS   = -s -w -X $X.Version=$(VERSION) -X $X.Revision=$(REVISION) -X $X.Bran
 RACE = $(shell printf '\043include <stdlib.h>\nint main(void) { return 0; }\n' | $$(go env CC) -x c -o /dev/null - 2>/dev/null && echo -race)
 
 .DEFAULT_GOAL := help
-.PHONY: build test e2e browser lint vulndb fmt docs bench demo image tools clean help
+.PHONY: build test e2e upgrade browser lint vulndb fmt docs bench demo image tools clean help
 
 build: ## build ./promferry, one static binary
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '$(LDFLAGS)' -o promferry ./cmd/promferry
@@ -38,6 +38,17 @@ test: $(GOTESTSUM) ## unit tests, with the race detector where there is a C comp
 e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway, node_exporter, systemd
 	@tools/programs.sh $(TOOLS) nginx
 	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
+
+# The version whose state directories and peers this one has to get along with.
+PREVIOUS := ad8335220f2d706a40cad7b8c4b2a5ed17a4640d
+MIXED    := ^Test(Forward|OnStop|Once|TypeClash|Batch.*|PushContract|Owner.*|NodeCut.*|Expire(AgentStops|GatewayRestart|Forgets|Once)|GatewayWithPrometheus|GatewayRestart|GatewayPair|Pull.*)$$
+
+upgrade: $(GOTESTSUM) tools ## nodes of the previous version with hubs of this one, and the other way round
+	@tools/previous.sh $(PREVIOUS) $(BIN)/promferry-$(PREVIOUS)
+	for old in agent,run,record,push,delete,flush proxy,gateway,expire; do \
+		OLD_BIN=$(BIN)/promferry-$(PREVIOUS) OLD_COMMANDS=$$old \
+		$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m -run '$(MIXED)' ./e2e || exit; \
+	done
 
 browser: $(GOTESTSUM) ## the web pages in a real Chromium; SCREENSHOTS=dir keeps what they look like
 	@tools/programs.sh $(TOOLS) chromium
