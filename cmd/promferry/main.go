@@ -101,7 +101,14 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 		err = usageError{fmt.Errorf("%w; see %s", err, help)}
 	} else {
 		in := &invocation{stdin: stdin, stdout: stdout, stderr: stderr, unknown: unknownVariables(known, selected)}
-		status, err = commands[named(selected)].run(in)
+		c := commands[named(selected)]
+		_, settings := c.sets()
+		for _, s := range settings {
+			if warning := s.renamed(); warning != "" {
+				_, _ = fmt.Fprintf(stderr, "promferry: warning: %s\n", warning)
+			}
+		}
+		status, err = c.run(in)
 	}
 	if err == nil {
 		return status
@@ -155,7 +162,7 @@ func newCommands(app *kingpin.Application) (commands []command, known map[string
 		specs, settings := c.sets()
 		readEnvironment(specs)
 		for _, s := range settings {
-			known[s.env()] = true
+			known[s.env()], known[s.formerEnv()] = true, true
 			s.register(app.GetCommand(c.name()))
 		}
 	}
