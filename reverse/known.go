@@ -26,7 +26,7 @@ type knownClient struct {
 	Goodbye      bool          `json:"goodbye,omitempty"`
 	Identity     string        `json:"identity,omitempty"`
 	Announcement *Announcement `json:"announcement,omitempty"`
-	// Waits are the jobs whose place another client holds.
+	// Waits are the jobs with which another client is listed.
 	Waits []string `json:"waits,omitempty"`
 
 	order  uint64
@@ -80,7 +80,7 @@ func (r *Registry) load() error {
 	return nil
 }
 
-// loadClaims gives the places to those that held them, and then lets the others wait.
+// loadClaims gives the places to those that were listed, and then lets the others wait.
 func (r *Registry) loadClaims(known []knownClient) {
 	r.claimsMu.Lock()
 	defer r.claimsMu.Unlock()
@@ -107,13 +107,13 @@ func (r *Registry) loadClaims(known []knownClient) {
 	}
 }
 
-// waits returns the jobs whose place another client holds. The client's lock is held.
+// waits returns the jobs with which another client is listed. The client's lock is held.
 func (r *Registry) waits(c *client) []string {
 	r.claimsMu.Lock()
 	defer r.claimsMu.Unlock()
 	var jobs []string
 	for k := range c.announcement.claims() {
-		if r.claims[k].claimants[0] != c {
+		if r.claims[k].listed != c {
 			jobs = append(jobs, k.job)
 		}
 	}

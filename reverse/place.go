@@ -49,7 +49,7 @@ type place struct {
 	// announces it no more. Behind it come those of the same owner, the newest first, and then
 	// the others, the oldest first: whoever is second is next.
 	claimants []*client
-	// listed is who is listed: the first, or, while that is away, one of the same owner.
+	// listed is the first, or, while that is away, one of the same owner.
 	listed *client
 }
 
@@ -57,14 +57,15 @@ type place struct {
 // has few, and a hostile client may make as many as there are clients.
 const maxOwnNames = 64
 
-// elect works out who is listed.
+// elect works out who is listed. Of those of the owner that is the first one if it is
+// there; else who is listed already, if that is there; else the newest that is there; else
+// who was there last.
 func (p *place) elect() {
 	first := p.claimants[0]
-	if !first.here && p.listed.here && p.listed.owner.same(first.owner) {
-		return // Of two names that are connected the first one stays.
+	if first.here || !p.listed.owner.same(first.owner) {
+		p.listed = first
 	}
-	p.listed = first
-	if first.here {
+	if p.listed.here {
 		return
 	}
 	for _, c := range p.claimants[1:min(len(p.claimants), maxOwnNames)] {

@@ -211,7 +211,7 @@ func TestPlaceUnderAnotherName(t *testing.T) {
 		}
 		const former, now = "node=web-1 app=web-1", "node=web-1.example.org app=web-1.example.org"
 		t.Run(name, func(t *testing.T) {
-			places(t, func(t *testing.T, r *Registry, _ func() *Registry) {
+			places(t, func(t *testing.T, r *Registry, restarted func() *Registry) {
 				before, after := setUp(t, r)
 				before.connect()
 				before.leave()
@@ -222,9 +222,14 @@ func TestPlaceUnderAnotherName(t *testing.T) {
 				if got := r.Status().Clients[0].Targets[0]; got.Holder != "web-1.example.org" || got.Duplicate {
 					t.Errorf("status of the former name: %+v", got)
 				}
-				// Away, it is still the one that is missed, and so after the former name is forgotten.
+				// Away, it is the one that is missed; so after a restart of the proxy, and when the
+				// former name is forgotten.
 				r.sweepAfter(50 * time.Minute)
 				after.leave()
+				listed(t, r, now)
+				r = restarted()
+				r.settled = true
+				listed(t, r, now)
 				r.sweepAfter(15 * time.Minute)
 				listed(t, r, now)
 			})
