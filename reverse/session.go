@@ -59,6 +59,7 @@ func (c *client) join(r *Registry, h Hello) (*Session, *Refusal) {
 				"remote", h.Remote, "other_remote", c.remote)
 		} else {
 			c.since = time.Now()
+			r.present(c, true)
 			r.cfg.Logger.Info("Client connected", "client", c.name, "kind", h.Kind, "identity", identity(h.Grant), "remote", h.Remote)
 		}
 		r.metrics.sessions.Inc()
@@ -153,6 +154,7 @@ func (s *Session) end() {
 	}
 	c.sessions = nil
 	c.since, c.goodbye = s.empty, s.goodbye
+	s.registry.present(c, false)
 	s.registry.dirty.Store(true)
 	s.registry.cfg.Logger.Info("Client went away", "client", c.name, "goodbye", s.goodbye)
 }
@@ -182,7 +184,7 @@ func (c *client) connected() bool {
 // adopt takes what the session that is scraped now announced for what the client offers.
 func (c *client) adopt() {
 	if s := c.active(); s != nil && s.announced != c.announced {
-		s.registry.announce(c, s.announced, s.announcement)
+		s.registry.announce(c, identity(s.grant), s.announced, s.announcement)
 	}
 }
 

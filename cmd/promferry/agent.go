@@ -231,21 +231,14 @@ func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logg
 	return cfg
 }
 
-// machineIDFile has the host's identity, see machine-id(5).
-var machineIDFile = "/etc/machine-id"
-
 // ledger returns where the groups that are put are noted; nil, and why, when the host cannot
 // be told from a copy of it.
 func (a *agentCommand) ledger() (*forwarder.Ledger, error) {
-	id, err := os.ReadFile(machineIDFile)
+	id, err := machineID()
 	if err != nil {
 		return nil, fmt.Errorf("%w; in a container, mount the host's there, to be read only", err)
 	}
-	l, err := forwarder.NewLedger(a.settings.StateDir.value, a.settings.LockFile.value, string(id))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", machineIDFile, err)
-	}
-	return l, nil
+	return forwarder.NewLedger(a.settings.StateDir.value, a.settings.LockFile.value, id)
 }
 
 // lock takes the lock, in a state directory that it makes when there is none.

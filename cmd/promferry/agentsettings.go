@@ -194,14 +194,18 @@ func (s *agentSettings) checkPull() []error {
 		}
 		mapped[u] = t.Job
 	}
-	labels := make(map[string]string)
-	for _, l := range s.PushLabels.value {
-		labels[l.name] = l.value
-	}
-	if err := (&reverse.Announcement{Instance: cmp.Or(s.Instance.value, "x"), Labels: labels}).Validate(); err != nil && len(s.PullTargets.value) > 0 {
+	all := announcement(s)
+	if err := (&reverse.Announcement{Instance: cmp.Or(s.Instance.value, "x"), Labels: all.Labels}).Validate(); err != nil && len(s.PullTargets.value) > 0 {
 		errs = append(errs, s.PushLabels.fault(err))
 	}
 	errs = append(errs, twice(s.PullTargets, func(t target.Target) string { return t.Job }, "two targets have the job %q: their series would be the same")...)
+	if len(errs) == 0 && s.Instance.value != "" {
+		if err := all.Validate(); err != nil {
+			errs = append(errs, s.PullTargets.fault(err))
+		} else if size := len(all.String()); size > reverse.MaxAnnouncement {
+			errs = append(errs, s.PullTargets.fault(fmt.Errorf("too many to announce: %d bytes, at most %d", size, reverse.MaxAnnouncement)))
+		}
+	}
 	return append(errs, twice(s.ProxyUrls, func(u proxyURL) string { return strings.TrimRight(u.String(), "/") }, "the proxy %s stands there twice")...)
 }
 

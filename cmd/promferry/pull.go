@@ -52,10 +52,6 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 		return nil, usageError{s.ScrapeHTTPConfig.fault(err)}
 	}
 	targets := pullTargets(s)
-	labels := make(map[string]string)
-	for _, l := range s.PushLabels.value {
-		labels[l.name] = l.value
-	}
 	p := &pull{name: s.Fqdn.value, clients: []*httpclient.Client{toProxy, own}}
 	p.client = reverse.NewClient(reverse.ClientConfig{
 		Name: s.Fqdn.value, Targets: targets, Allow: s.PullAllows.value,
@@ -66,11 +62,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	header.Set(reverse.HeaderClient, s.Fqdn.value)
 	header.Set(reverse.HeaderSession, rand.Text())
 	header.Set(reverse.HeaderVersion, version.Version)
-	announcement := reverse.Announce(s.Instance.value, labels, targets).String()
-	if len(announcement) > reverse.MaxAnnouncement {
-		return nil, usageError{s.PullTargets.fault(fmt.Errorf("too many to announce: %d bytes, at most %d", len(announcement), reverse.MaxAnnouncement))}
-	}
-	header.Set(reverse.HeaderAnnounce, announcement)
+	header.Set(reverse.HeaderAnnounce, announcement(s).String())
 	metrics := link.NewMetrics(r)
 	for _, u := range s.ProxyUrls.value {
 		p.links = append(p.links, link.New(link.Config{
@@ -79,6 +71,17 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 		}))
 	}
 	return p, nil
+}
+
+// announcement returns what the agent announces to proxies.
+func announcement(s *agentSettings) *reverse.Announcement {
+	labels := make(map[string]string)
+	for _, l := range s.PushLabels.value {
+		labels[l.name] = l.value
+	}
+	a := reverse.Announce(s.Instance.value, labels, pullTargets(s))
+	a.HostID = hostID()
+	return a
 }
 
 func pullTargets(s *agentSettings) []reverse.PullTarget {
