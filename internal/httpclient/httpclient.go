@@ -26,8 +26,15 @@ func UserAgent() string { return "promferry/" + version.Version }
 type Client struct {
 	name, file string
 	dial       Dial
-	current    atomic.Pointer[http.Client]
-	uses       atomic.Pointer[Uses]
+	current    atomic.Pointer[loaded]
+}
+
+// loaded is what a file says.
+type loaded struct {
+	client *http.Client
+	// bare is client without its credentials.
+	bare *http.Client
+	uses Uses
 }
 
 // Uses is what an http_config file makes use of.
@@ -41,7 +48,7 @@ type Uses struct {
 }
 
 // Uses returns the name of the http_config file, "" without one, and what it makes use of.
-func (c *Client) Uses() (file string, u Uses) { return c.file, *c.uses.Load() }
+func (c *Client) Uses() (file string, u Uses) { return c.file, c.current.Load().uses }
 
 // Dial connects, as net.Dialer's DialContext does.
 type Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -81,20 +88,34 @@ func (c *Client) Load() (use func(), err error) {
 	if c.dial != nil {
 		options = append(options, config.WithDialContextFunc(config.DialContextFunc(c.dial)))
 	}
-	client, err := config.NewClientFromConfig(*cfg, c.name, options...)
+	l := &loaded{uses: Uses{Certificate: cfg.TLSConfig.CertFile, Secrets: secretFiles(cfg), Insecure: cfg.TLSConfig.InsecureSkipVerify}}
+	if cfg.TLSConfig.KeyFile != "" {
+		l.uses.Secrets = append(l.uses.Secrets, cfg.TLSConfig.KeyFile)
+	}
+	if l.client, err = config.NewClientFromConfig(*cfg, c.name, options...); err == nil {
+		l.bare, err = config.NewClientFromConfig(withoutCredentials(cfg), c.name, options...)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("use %s: %w", c.file, withoutValues(err))
 	}
-	uses := &Uses{Certificate: cfg.TLSConfig.CertFile, Secrets: secretFiles(cfg), Insecure: cfg.TLSConfig.InsecureSkipVerify}
-	if cfg.TLSConfig.KeyFile != "" {
-		uses.Secrets = append(uses.Secrets, cfg.TLSConfig.KeyFile)
-	}
 	return func() {
-		c.uses.Store(uses)
-		if old := c.current.Swap(client); old != nil {
-			old.CloseIdleConnections()
+		if old := c.current.Swap(l); old != nil {
+			old.client.CloseIdleConnections()
+			old.bare.CloseIdleConnections()
 		}
 	}, nil
+}
+
+// withoutCredentials returns what of cfg is true of every server: which certificates are
+// trusted, and the egress proxy. The user-info in the proxy's URL stays, as it is sent to
+// that proxy alone.
+func withoutCredentials(cfg *config.HTTPClientConfig) config.HTTPClientConfig {
+	bare := config.HTTPClientConfig{
+		TLSConfig: cfg.TLSConfig, ProxyConfig: cfg.ProxyConfig, FollowRedirects: cfg.FollowRedirects, EnableHTTP2: cfg.EnableHTTP2,
+	}
+	t := &bare.TLSConfig
+	t.Cert, t.CertFile, t.CertRef, t.Key, t.KeyFile, t.KeyRef = "", "", "", "", "", ""
+	return bare
 }
 
 // secretFiles returns the files with secrets that are read with each request.
@@ -125,18 +146,45 @@ func readable(files []string) error {
 // Do sends a request, with our User-Agent if it says none. Its errors leave out the URL,
 // which the caller knows and which may hold secrets.
 func (c *Client) Do(req *http.Request) (*http.Response, error) {
+	return do(c.current.Load().client, req)
+}
+
+// CloseIdleConnections closes connections that no request uses.
+func (c *Client) CloseIdleConnections() { c.current.Load().client.CloseIdleConnections() }
+
+// Bare sends requests as a Client does, but without credentials: no basic_auth, authorization,
+// oauth2, http_headers or client certificate, and no user-info of a URL. It is for servers that
+// the credentials are not for. It trusts the same certificates, uses the same egress proxy, and
+// follows the Client's reloads. It is safe for concurrent use.
+type Bare struct{ c *Client }
+
+// WithoutCredentials returns a client with the same file that sends no credentials.
+func (c *Client) WithoutCredentials() *Bare { return &Bare{c} }
+
+// Do sends a request as Client.Do does, without credentials.
+func (b *Bare) Do(req *http.Request) (*http.Response, error) {
+	if req.URL.User != nil { // net/http makes credentials of it.
+		u := *req.URL
+		u.User = nil
+		req = req.WithContext(req.Context())
+		req.URL = &u
+	}
+	return do(b.c.current.Load().bare, req)
+}
+
+// CloseIdleConnections closes connections that no request without credentials uses.
+func (b *Bare) CloseIdleConnections() { b.c.current.Load().bare.CloseIdleConnections() }
+
+func do(client *http.Client, req *http.Request) (*http.Response, error) {
 	if _, ok := req.Header["User-Agent"]; !ok {
 		req.Header.Set("User-Agent", UserAgent())
 	}
-	resp, err := c.current.Load().Do(req)
+	resp, err := client.Do(req)
 	if ue, ok := errors.AsType[*url.Error](err); ok {
 		err = ue.Err
 	}
 	return resp, err
 }
-
-// CloseIdleConnections closes connections that no request uses.
-func (c *Client) CloseIdleConnections() { c.current.Load().CloseIdleConnections() }
 
 // IsTimeout tells whether err, of a request with ctx, means that the time was up.
 func IsTimeout(ctx context.Context, err error) bool {

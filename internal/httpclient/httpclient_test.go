@@ -1,13 +1,18 @@
 package httpclient_test
 
 import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/promferry/promferry/internal/httpclient"
@@ -21,7 +26,10 @@ func write(t *testing.T, path, text string) {
 }
 
 // answer returns status and body of a GET, or the error.
-func answer(t *testing.T, c *httpclient.Client, url string) string {
+func answer(t *testing.T, c interface {
+	Do(*http.Request) (*http.Response, error)
+}, url string,
+) string {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	if err != nil {
@@ -81,6 +89,79 @@ func TestConfigs(t *testing.T) {
 				t.Errorf("got %q, want %q", got, tc.want)
 			}
 		})
+	}
+}
+
+// TestWithoutCredentials has each kind of credential that an http_config can have: none of them
+// is sent, and what else the file says is done.
+func TestWithoutCredentials(t *testing.T) {
+	var asked atomic.Int32
+	tokens := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer tokens.Close()
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for name := range r.Header {
+			if !slices.Contains([]string{"Accept-Encoding", "User-Agent"}, name) {
+				_, _ = fmt.Fprintf(w, " header %s", name)
+			}
+		}
+		_, _ = fmt.Fprintf(w, " %d certificates", len(r.TLS.PeerCertificates))
+	}))
+	server.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
+	server.StartTLS()
+	defer server.Close()
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "proxied "+r.URL.String()+" "+r.Header.Get("Proxy-Authorization")+r.Header.Get("Authorization"))
+	}))
+	defer proxy.Close()
+	dir := t.TempDir()
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	write(t, filepath.Join(dir, "ca"), string(ca))
+	key, err := x509.MarshalPKCS8PrivateKey(server.TLS.Certificates[0].PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, "key"), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	trusted := "tls_config:\n  ca_file: ca\n"
+	withUser := strings.Replace(server.URL, "https://", "https://me:canary@", 1)
+	for _, tc := range []struct{ name, config, url, want string }{
+		{"basic auth", trusted + "basic_auth:\n  username: me\n  password: canary\n", server.URL, "200  0 certificates"},
+		{"bearer", trusted + "authorization:\n  credentials: canary\n", server.URL, "200  0 certificates"},
+		{"bearer_token", trusted + "bearer_token: canary\n", server.URL, "200  0 certificates"},
+		{"OAuth 2", trusted + "oauth2:\n  client_id: me\n  client_secret: canary\n  token_url: " + tokens.URL + "\n", server.URL, "200  0 certificates"},
+		{"headers", trusted + "http_headers:\n  X-Token:\n    secrets: [canary]\n", server.URL, "200  0 certificates"},
+		{"client certificate", trusted + "  cert_file: ca\n  key_file: key\n", server.URL, "200  0 certificates"},
+		{"user-info", trusted, withUser, "200  0 certificates"},
+		{"nothing is trusted", "{}", server.URL, "tls: failed to verify certificate: x509: certificate signed by unknown authority"},
+		{"no verification", "tls_config:\n  insecure_skip_verify: true\n", server.URL, "200  0 certificates"},
+		{"server name", trusted + "  server_name: other.test\n", server.URL, "tls: failed to verify certificate: x509: certificate is valid for example.com, *.example.com, not other.test"},
+		{"TLS version", trusted + "  max_version: TLS10\n", server.URL, "tls: no supported versions satisfy MinVersion and MaxVersion"},
+		// The egress proxy's own credentials go to it.
+		{
+			"egress proxy", "proxy_url: " + strings.Replace(proxy.URL, "http://", "http://me:canary@", 1) + "\nbasic_auth:\n  username: me\n  password: other\n",
+			"http://pgw.example/x", "200 proxied http://pgw.example/x Basic bWU6Y2FuYXJ5",
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			file := filepath.Join(dir, "http.yml")
+			write(t, file, "{}")
+			c, err := httpclient.New("push", file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			bare := c.WithoutCredentials()
+			write(t, file, tc.config)
+			use, err := c.Load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			use() // It follows reloads.
+			if got := answer(t, bare, tc.url); got != tc.want {
+				t.Errorf("got %q, want %q", got, tc.want)
+			}
+		})
+	}
+	if n := asked.Load(); n > 0 {
+		t.Errorf("%d tokens were asked for", n)
 	}
 }
 
