@@ -1,13 +1,19 @@
 package httpclient_test
 
 import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -165,6 +171,115 @@ func TestWithoutCredentials(t *testing.T) {
 	}
 }
 
+// TestCredentialsFor has URLs of the servers that the credentials are for, and of others.
+func TestCredentialsFor(t *testing.T) {
+	// Every host is one of these two.
+	shows := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.Header.Get("Authorization"))
+	}))
+	defer shows.Close()
+	secure := httptest.NewTLSServer(shows.Config.Handler)
+	defer secure.Close()
+	file := filepath.Join(t.TempDir(), "http.yml")
+	write(t, file, "basic_auth: {username: me, password: canary}\ntls_config: {insecure_skip_verify: true}\n")
+	plainAddress, secureAddress := shows.Listener.Addr().String(), secure.Listener.Addr().String()
+	c, err := httpclient.NewWithDial("push", file, func(ctx context.Context, network, address string) (net.Conn, error) {
+		if strings.HasSuffix(address, "443") {
+			return (&net.Dialer{}).DialContext(ctx, network, secureAddress)
+		}
+		return (&net.Dialer{}).DialContext(ctx, network, plainAddress)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var urls []*url.URL
+	for _, text := range []string{"https://hub/a", "http://hub:9091", "http://[::1]/", "http://hub:8443"} {
+		u, err := url.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		urls = append(urls, u)
+	}
+	limited := c.CredentialsFor(urls...)
+	for u, want := range map[string]bool{
+		"https://hub": true, "https://hub:443/other/path": true, "https://HUB/": true, "http://hub:9091/x": true, "http://[::1]:80": true,
+		"http://hub": false, "https://hub:8443": false, "https://hub.example": false, "https://hub.": false,
+		"http://me:canary@hub": false, "http://[::2]": false, "http://hub:9092": false, "http://hub@other:9091": false,
+	} {
+		wanted := "200 "
+		if want {
+			wanted = "200 Basic bWU6Y2FuYXJ5"
+		}
+		if got := answer(t, limited, u); got != wanted {
+			t.Errorf("%s: got %q, want %q", u, got, wanted)
+		}
+	}
+}
+
+// TestTokenIsKept has an OAuth 2 client whose secret changes: a token is asked for once for each.
+func TestTokenIsKept(t *testing.T) {
+	var asked []string
+	tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, secret, _ := r.BasicAuth()
+		asked = append(asked, secret)
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = fmt.Fprintf(w, `{"access_token":"for-%s","token_type":"Bearer","expires_in":3600}`, secret)
+	}))
+	defer tokens.Close()
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.Header.Get("Authorization"))
+	}))
+	defer plain.Close()
+	dir := t.TempDir()
+	file, secret := filepath.Join(dir, "http.yml"), filepath.Join(dir, "secret")
+	write(t, file, "oauth2:\n  client_id: me\n  client_secret_file: secret\n  token_url: "+tokens.URL+"\n")
+	write(t, secret, "one\n")
+	c, err := httpclient.New("push", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"one", "one", "two", "two"} {
+		write(t, secret, want+"\n")
+		if got := answer(t, c, plain.URL); got != "200 Bearer for-"+want {
+			t.Errorf("got %q, want that for %s", got, want)
+		}
+	}
+	if !slices.Equal(asked, []string{"one", "two"}) {
+		t.Errorf("asked for tokens with %q", asked)
+	}
+}
+
+// TestTokenForAnAssertion has the grant of RFC 7523.
+func TestTokenForAnAssertion(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var assertion string
+	tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		assertion = r.FormValue("assertion")
+		w.WriteHeader(http.StatusBadRequest)
+		_, _ = io.WriteString(w, "not "+r.FormValue("assertion"))
+	}))
+	defer tokens.Close()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "http.yml")
+	write(t, filepath.Join(dir, "key"), string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
+	write(t, file, "oauth2:\n  client_id: me\n  grant_type: urn:ietf:params:oauth:grant-type:jwt-bearer\n  signature_algorithm: RS384\n  client_certificate_key_file: "+filepath.Join(dir, "key")+"\n  token_url: "+tokens.URL+"\n")
+	c, err := httpclient.New("push", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := answer(t, c, tokens.URL)
+	header, _, _ := strings.Cut(assertion, ".")
+	if b, err := base64.RawURLEncoding.DecodeString(header); err != nil || !strings.Contains(string(b), "RS384") {
+		t.Errorf("asked with %q", assertion)
+	}
+	if !strings.Contains(got, "not ...") || strings.Contains(got, header) {
+		t.Errorf("got %q", got)
+	}
+}
+
 func TestRedirectsAreNotFollowed(t *testing.T) {
 	s := httptest.NewServer(http.RedirectHandler("/elsewhere", http.StatusTemporaryRedirect))
 	defer s.Close()
@@ -210,7 +325,15 @@ func TestFaultsShowNoSecret(t *testing.T) {
 	for _, config := range []string{
 		"basic_auth: canary\n", "authorization:\n  credentials: [canary]\n", "canary\n", "proxy_url: \"http://me:canary@pro xy\"\n",
 		"basic_auth:\n  username: me\n  password_file: missing\n", "tls_config:\n  ca_file: missing\n", "tls_config:\n  cert_file: missing\n  key_file: missing\n",
-		"basic_auth:\n  username: me\n  pasword: canary\n",
+		"basic_auth:\n  username: me\n  pasword: canary\n", "canary: x\n", "authorization:\n  credentials: x\n  canary: y\n",
+		"authorization:\n  credentials: *canary\n", "tls_config:\n  min_version: canary\n", "proxy_url: http://me:canary@[::1\n",
+		"authorization:\n  credentials_file: canary\n", "basic_auth:\n  username_file: canary\n", "http_headers:\n  X-Key:\n    files: [canary]\n",
+		"http_headers:\n  X-Key: canary\n", "http_headers:\n  X-Key:\n    canary: [x]\n", "http_headers:\n  Host:\n    secrets: [canary]\n",
+		"tls_config:\n  ca_file: canary\n", "tls_config:\n  ca: canary\n", "tls_config:\n  cert: canary\n  key: canary\n",
+		"oauth2:\n  client_id: me\n  client_secret_file: canary\n  token_url: http://h\n", "oauth2:\n  client_id: me\n  client_secret: canary\n",
+		"oauth2:\n  client_id: me\n  client_secret: canary\n  token_url: http://h\n  tls_config:\n    ca_file: canary\n",
+		"oauth2:\n  client_id: me\n  signature_algorithm: canary\n  token_url: http://h\n  grant_type: urn:ietf:params:oauth:grant-type:jwt-bearer\n",
+		"follow_redirects: canary\n", "basic_auth:\n  username: me\n\tpassword: canary\n",
 	} {
 		write(t, file, config)
 		_, err := httpclient.New("push", file)
