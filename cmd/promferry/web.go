@@ -105,6 +105,7 @@ func (a *announcing) Accept() (net.Conn, error) {
 // can be taken, mostly for want of file descriptors, as a fault of this host.
 type serverErrors struct {
 	logger *slog.Logger
+	config string // the web configuration file
 	accept faultlog.Log
 }
 
@@ -112,9 +113,19 @@ func (s *serverErrors) Write(b []byte) (int, error) {
 	text := strings.TrimSpace(string(b))
 	if strings.HasPrefix(text, "http: Accept error: ") {
 		s.accept.Failed(context.Background(), "No connection taken; how many files may be open? (LimitNOFILE=)", errors.New(text))
-	} else {
-		s.logger.Debug(text) //nolint:sloglint // It comes from net/http.
+		return len(b), nil
 	}
+	if !s.logger.Enabled(context.Background(), slog.LevelDebug) {
+		return len(b), nil
+	}
+	const handshake = "http: TLS handshake error"
+	if strings.HasPrefix(text, handshake) {
+		// exporter-toolkit reads the file anew for each, and its error quotes it.
+		if err := validateWebConfig(s.config); err != nil {
+			text = handshake + ": " + err.Error()
+		}
+	}
+	s.logger.Debug(text) //nolint:sloglint // It comes from net/http.
 	return len(b), nil
 }
 
@@ -126,7 +137,7 @@ func newServer(listener net.Listener, config string, handler http.Handler, logge
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       6 * time.Minute, // Longer than Prometheus keeps its own idle connections.
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          log.New(&serverErrors{logger: logger, accept: faultlog.Log{Logger: logger}}, "", 0),
+		ErrorLog:          log.New(&serverErrors{logger: logger, config: config, accept: faultlog.Log{Logger: logger}}, "", 0),
 		Protocols:         &http.Protocols{},
 	}}
 	s.http.Protocols.SetHTTP1(true) // A line cannot be made of an HTTP/2 stream.
