@@ -2,6 +2,7 @@ package pushgw
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -136,7 +137,8 @@ func (c *Client) send(req *http.Request) (*http.Response, error) {
 		Op:         op,
 		URL:        safeurl.String(req.URL),
 		Code:       resp.StatusCode,
-		Message:    strings.TrimSpace(string(message)),
+		Message:    httpclient.Shown(resp, string(message)),
+		raw:        string(message),
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
 	}
 }
@@ -168,23 +170,18 @@ type StatusError struct {
 	URL string
 	// Code is the HTTP status.
 	Code int
-	// Message is the begin of the body.
+	// Message is the begin of the body as it may be shown: a line of a log, without credentials.
 	Message string
 	// RetryAfter is how long the Pushgateway asks to wait, or 0.
 	RetryAfter time.Duration
+	// raw is as much of the body as was read. It may hold credentials.
+	raw string
 }
-
-// maxShown is how much of a message an error shows, in bytes: a line of a log.
-const maxShown = 300
 
 func (e *StatusError) Error() string {
 	s := fmt.Sprintf("%s %s: unexpected status %d", e.Op, e.URL, e.Code)
 	if e.Message != "" {
-		message := safeurl.Line(e.Message)
-		if len(message) > maxShown {
-			message = strings.ToValidUTF8(message[:maxShown], "") + "..."
-		}
-		s += ": " + message
+		s += ": " + e.Message
 	}
 	return s
 }
@@ -204,7 +201,7 @@ var httpToHTTPS = regexp.MustCompile(`HTTP request to an HTTPS server|plain HTTP
 func (e *StatusError) Final() bool {
 	switch e.Code {
 	case http.StatusBadRequest:
-		return !httpToHTTPS.MatchString(e.Message)
+		return !httpToHTTPS.MatchString(cmp.Or(e.raw, e.Message))
 	case http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
 		return true
 	default:
@@ -220,7 +217,7 @@ var familyNamed = regexp.MustCompile(`(?:collected metric|metric family|named) (
 // as its message names any: two where the names of two clash, one fault on each line.
 func (e *StatusError) Families() []string {
 	var names []string
-	for line := range strings.Lines(e.Message) {
+	for line := range strings.Lines(cmp.Or(e.raw, e.Message)) {
 		// Between braces stand labels and values, which could hold anything.
 		if open := strings.Index(line, "{"); open >= 0 {
 			line = line[:open] + line[max(open, strings.LastIndex(line, "}")):]

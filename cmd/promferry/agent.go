@@ -217,11 +217,17 @@ func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logg
 		Version:        version.Version,
 		Logger:         logger,
 		Registerer:     r,
-		GatewayAt:      func(u *url.URL) forwarder.Gateway { return pushgw.New(u, push) },
+		Shown:          scrape.Shown,
 	}
+	var urls []*url.URL
 	for _, u := range s.PushUrls.value {
 		cfg.Gateways = append(cfg.Gateways, pushgw.New(u.URL, push))
+		urls = append(urls, u.URL)
 	}
+	// The credentials are not for a Pushgateway that was configured once, or for whatever a
+	// changed ledger names.
+	former := push.CredentialsFor(urls...)
+	cfg.GatewayAt = func(u *url.URL) forwarder.Gateway { return pushgw.New(u, former) }
 	for _, l := range s.PushLabels.value {
 		cfg.Labels[l.name] = l.value
 	}

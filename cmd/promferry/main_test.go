@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
+	"html"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -35,8 +38,8 @@ func TestMain(m *testing.M) {
 // TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
 // exporter, in $GATEWAY that of a Pushgateway that writes what it is asked to the file
 // puts and lists what the file groups.json has, in $HANGING that of one that writes that it was asked to the file hanging and never
-// answers, in $REFUSING that of one that refuses all, and in $CLOSED one where nothing
-// listens.
+// answers, in $REFUSING that of one that refuses all, in $ECHOING that of an echo, and in
+// $CLOSED one where nothing listens.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -86,6 +89,8 @@ func TestScripts(t *testing.T) {
 				http.Error(w, "no such luck", http.StatusBadRequest)
 			}))
 			env.Defer(refusing.Close)
+			echoing := httptest.NewServer(echo(filepath.Join(env.WorkDir, "echoing")))
+			env.Defer(echoing.Close)
 			closed := httptest.NewServer(nil)
 			closed.Close()
 			machineID := filepath.Join(env.WorkDir, "machine-id")
@@ -98,12 +103,61 @@ func TestScripts(t *testing.T) {
 			env.Setenv("GATEWAY", gateway.URL)
 			env.Setenv("HANGING", hanging.URL)
 			env.Setenv("REFUSING", refusing.URL)
+			env.Setenv("ECHOING", echoing.URL)
 			env.Setenv("CLOSED", closed.URL)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "signal": sendSignal, "post": post, "get": get, "put": put, "delete": del, "lacks": lacks, "gone": gone,
 		},
+	})
+}
+
+// echo returns a server that notes in a file each request and its credentials, and shows these in
+// its answer in many ways. The first part of a path says how: a status; private, for 401 without
+// credentials and else 200; malformed, for what is not HTTP; redirect; metrics, for an exposition
+// that is not one; token, for an OAuth 2 token.
+func echo(file string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		authorization := r.Header.Get("Authorization")
+		_, password, _ := r.BasicAuth()
+		other := r.Header.Get("X-Key")
+		mode, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+		if mode == "token" {
+			other = r.FormValue("client_secret")
+		}
+		if f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600); err == nil {
+			_, _ = fmt.Fprintf(f, "%s %s %q\n", r.Method, r.URL.Path, authorization)
+			_ = f.Close()
+		}
+		_, bare, _ := strings.Cut(authorization, " ")
+		shown := fmt.Sprintf("you sent %s, %s, %s, %s, %q, %s", authorization, bare, password, url.QueryEscape(password+" "+bare), html.EscapeString(password), other)
+		if shown == `you sent , , , +, "", ` {
+			shown = "you sent nothing"
+		}
+		status, err := strconv.Atoi(mode)
+		switch {
+		case err == nil:
+			http.Error(w, shown, status)
+		case mode == "private" && authorization == "":
+			http.Error(w, shown, http.StatusUnauthorized)
+		case mode == "malformed":
+			if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
+				_, _ = fmt.Fprintf(conn, "HTTP/1.1 %s%s%s\r\n\r\n", bare, password, password)
+				_ = conn.Close()
+			}
+		case mode == "redirect":
+			w.Header().Set("Location", "http://["+bare)
+			w.WriteHeader(http.StatusTemporaryRedirect)
+		case mode == "metrics":
+			w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+			_, _ = fmt.Fprintf(w, "# TYPE a gauge\na %s\n", cmp.Or(password, bare))
+		case mode == "token" && strings.HasSuffix(r.URL.Path, "/refuses"):
+			http.Error(w, shown, http.StatusBadRequest)
+		case mode == "token":
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = io.WriteString(w, `{"access_token":"canary-token","token_type":"Bearer","expires_in":3600}`)
+		}
 	})
 }
 
