@@ -60,6 +60,8 @@ type invocation struct {
 	stdin, stdout, stderr *os.File
 	// unknown are faults, of variables of ours in the environment that no command has.
 	unknown []error
+	// ignored and unusable are what settleRootEnvironment returned.
+	ignored, unusable error
 }
 
 // context returns a context that a signal to end ends; a second one kills.
@@ -79,6 +81,10 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 	app.Interspersed(len(args) == 0 || args[0] != "run")
 	app.Version(version.Print("promferry"))
 	app.VersionFlag.Hidden()
+	var ignored, unusable error
+	if len(args) > 0 && args[0] == "record" && os.Geteuid() == 0 {
+		ignored, unusable = settleRootEnvironment() // Before anything looks at it.
+	}
 	commands, known := newCommands(app)
 	// kingpin would let a command have either commands of its own or a meaning of its own.
 	if words := strings.Fields(pruneName); len(args) >= 2 && slices.Equal(args[:2], words) {
@@ -100,7 +106,7 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 		}
 		err = usageError{fmt.Errorf("%w; see %s", err, help)}
 	} else {
-		in := &invocation{stdin: stdin, stdout: stdout, stderr: stderr, unknown: unknownVariables(known, selected)}
+		in := &invocation{stdin: stdin, stdout: stdout, stderr: stderr, unknown: unknownVariables(known, selected), ignored: ignored, unusable: unusable}
 		c := commands[named(selected)]
 		_, settings := c.sets()
 		for _, s := range settings {

@@ -31,6 +31,8 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"promferry": func() {
 		machineIDFile = os.Getenv("MACHINE_ID_FILE")
+		agentDefaultsFile = cmp.Or(os.Getenv("AGENT_DEFAULTS_FILE"), "/nowhere")
+		systemctlPath = cmp.Or(os.Getenv("SYSTEMCTL"), systemctlPath)
 		main()
 	}})
 }
@@ -43,6 +45,12 @@ func TestMain(m *testing.M) {
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
+		Condition: func(name string) (bool, error) {
+			if name != "root" {
+				return false, fmt.Errorf("no such condition: %s", name)
+			}
+			return os.Geteuid() == 0, nil
+		},
 		Setup: func(env *testscript.Env) error {
 			exporter := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if user, password, _ := r.BasicAuth(); r.URL.Path == "/secret" && (user != "me" || password != "canary") {
@@ -362,7 +370,8 @@ URL is written %2C). A variable that is set but empty counts as not set. Times a
 
 The agent, the proxy, the gateway and expire refuse a variable that begins with PROMFERRY_ and is none of
 these, and whatever is wrong. The commands that run in a job, or for one, only tell of a wrong or unknown
-variable and go on without it; a wrong flag they refuse.
+variable and go on without it; a wrong flag they refuse. As root, record takes no variable from the unit's
+environment, but those in /etc/default/promferry-agent.
 
 The files that their settings name are read again on SIGHUP and on a POST to /-/reload;
 flags and variables need a restart. A bad file changes nothing, and says so in the log and
