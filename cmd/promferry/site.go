@@ -64,18 +64,18 @@ func (s *site) protect(next http.Handler) http.Handler {
 // they are never refused. X-Forwarded-Host counts for nothing, because any page can set it.
 func (s *site) refuse(r *http.Request) string {
 	if s.local && r.Host != "" && !s.isOurs((&url.URL{Host: r.Host}).Hostname()) {
-		return fmt.Sprintf("Host %.100q is unknown here: use an IP address, localhost or the host name, or set --web.external-url to the URL that you use.", r.Host)
+		return fmt.Sprintf("Host %.100q is unknown to this server: use an IP address or localhost, or set its --web.external-url.", r.Host)
 	}
 	switch r.Method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions:
 		return ""
 	}
 	if s.cross.Check(r) != nil {
-		return fmt.Sprintf("The request comes from a page of another site, Origin %.100q. If that is a URL of this server, set --web.external-url to it.", r.Header.Get("Origin"))
+		return fmt.Sprintf("The request comes from a page of another site, Origin %.100q. If that is a URL of this server, set its --web.external-url.", r.Header.Get("Origin"))
 	}
 	for _, origin := range r.Header["Origin"] {
 		if u, err := url.Parse(origin); err != nil || !s.isOurs(u.Hostname()) {
-			return fmt.Sprintf("Origin %.100q is unknown here: use an IP address, localhost or the host name, or set --web.external-url to the URL that you use.", origin)
+			return fmt.Sprintf("Origin %.100q is unknown to this server: use an IP address or localhost, or set its --web.external-url.", origin)
 		}
 	}
 	return ""

@@ -192,7 +192,7 @@ func TestSiteRefusal(t *testing.T) {
 	var log bytes.Buffer
 	handler := newServer(listensOn{ip: "127.0.0.1"}, "", siteURL{}, nil, slog.New(slog.NewTextHandler(&log, nil))).http.Handler
 	for _, test := range []struct{ host, origin, want string }{
-		{"evil.example:9091", "http://evil.example:9091", `Host "evil.example:9091" is unknown here`},
+		{"evil.example:9091", "http://evil.example:9091", `Host "evil.example:9091" is unknown to this server`},
 		{"127.0.0.1:9091", "http://evil.example", `another site, Origin "http://evil.example"`},
 		{"127.0.0.1:9091", "null", `another site, Origin "null"`},
 	} {
@@ -204,8 +204,12 @@ func TestSiteRefusal(t *testing.T) {
 	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "level=WARN") || !strings.Contains(got, "evil.example:9091") {
 		t.Errorf("the log is %q", got)
 	}
+	// The name of the root of DNS lets no page without an origin in.
+	if w := send(protected(t, anywhere, "http://./"), http.MethodPost, "hub", "Origin: null", "Sec-Fetch-Site: same-origin"); w.Code != http.StatusForbidden {
+		t.Errorf("Origin: null: status %d", w.Code)
+	}
 	w := send(protected(t, anywhere, ""), http.MethodPost, "evil.example", "Origin: http://evil.example")
-	if body := w.Body.String(); !strings.Contains(body, `Origin "http://evil.example" is unknown here`) || !strings.Contains(body, "--web.external-url") {
+	if body := w.Body.String(); !strings.Contains(body, `Origin "http://evil.example" is unknown to this server`) || !strings.Contains(body, "--web.external-url") {
 		t.Errorf("the answer is %q", body)
 	}
 }
