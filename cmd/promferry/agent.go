@@ -157,7 +157,7 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return nil
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
-	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, func() page.AgentStatus {
+	web := newWeb(listener, s, registry, r.reload, func() page.AgentStatus {
 		return reversePull.status(s.Instance.value, a.forwarding(forward))
 	}, logger)
 	return a.serve(ctx, forward, deliver, reversePull, web, r, notifier, logger)

@@ -58,6 +58,8 @@ type agentSettings struct {
 	LockFile         *setting[string]              `split_words:"true"`
 	WebListenAddress *setting[string]              `split_words:"true"`
 	WebConfigFile    *setting[string]              `split_words:"true"`
+	WebExternalURL   *setting[siteURL]             `split_words:"true"`
+	WebLifecycle     *setting[bool]                `envconfig:"WEB_ENABLE_LIFECYCLE"`
 	LogLevel         *setting[string]              `split_words:"true"`
 	LogFormat        *setting[string]              `split_words:"true"`
 }
@@ -96,6 +98,8 @@ func newAgentSettings() *agentSettings {
 		LockFile:         text("lock.file", "", `Lock that keeps a second agent from running. "": agent.pid in the state directory.`),
 		WebListenAddress: text("web.listen-address", "127.0.0.1:9099", "Address to listen on for /metrics, /-/healthy, /-/ready and /-/reload."),
 		WebConfigFile:    text("web.config.file", "", "Prometheus web configuration file, for TLS and authentication of that address."),
+		WebExternalURL:   externalURL(),
+		WebLifecycle:     enableLifecycle(),
 		LogLevel:         logLevel(),
 		LogFormat:        logFormat(),
 	}
@@ -108,6 +112,7 @@ func (s *agentSettings) all() []anySetting {
 		s.PushOnStop, s.PushFormat, s.PushHTTPConfig, s.ScrapeTimeout, s.ScrapeMaxBytes, s.ScrapeHTTPConfig,
 		s.PullTargets, s.PullAllows, s.PullMaxBytes, s.ProxyUrls, s.ProxyHTTPConfig, s.Fqdn,
 		s.MetricKeep, s.MetricDrop, s.Instance, s.StateDir, s.LockFile, s.WebListenAddress, s.WebConfigFile,
+		s.WebExternalURL, s.WebLifecycle,
 		s.LogLevel, s.LogFormat,
 	}
 }
@@ -171,7 +176,7 @@ func (s *agentSettings) checkPull() []error {
 	}
 	var errs []error
 	if s.Fqdn.value == "" {
-		s.Fqdn.value = hostFQDN()
+		s.Fqdn.value = hostFQDN(net.DefaultResolver)
 		if s.Fqdn.value == "localhost" || s.Fqdn.value == "unknown" || s.Fqdn.value == "" {
 			errs = append(errs, s.Fqdn.fault(fmt.Errorf("this host's own name is %q, as that of others may be: set one that no other host has", s.Fqdn.value)))
 		}
@@ -210,19 +215,19 @@ func (s *agentSettings) checkPull() []error {
 }
 
 // hostFQDN returns the host's fully qualified name, or what it has.
-func hostFQDN() string {
+func hostFQDN(resolver *net.Resolver) string {
 	hostname, err := os.Hostname()
 	if err != nil || strings.Contains(hostname, ".") {
 		return hostname
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	if name, err := net.DefaultResolver.LookupCNAME(ctx, hostname); err == nil && strings.HasPrefix(name, hostname+".") {
+	if name, err := resolver.LookupCNAME(ctx, hostname); err == nil && strings.HasPrefix(name, hostname+".") {
 		return strings.TrimSuffix(name, ".")
 	}
-	addresses, _ := net.DefaultResolver.LookupHost(ctx, hostname)
+	addresses, _ := resolver.LookupHost(ctx, hostname)
 	for _, address := range addresses {
-		names, _ := net.DefaultResolver.LookupAddr(ctx, address)
+		names, _ := resolver.LookupAddr(ctx, address)
 		for _, name := range names {
 			if strings.HasPrefix(name, hostname+".") {
 				return strings.TrimSuffix(name, ".")

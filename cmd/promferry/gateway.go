@@ -101,13 +101,12 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		return errors.Join(validateWebConfig(s.WebConfigFile.value), refuseUsersBeside(s.AuthFile.value, s.WebConfigFile.value), guard.Reload())
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
-	admin := newAdmin("gateway", r.reload)
+	admin := newAdmin("gateway", s.WebLifecycle.value, r.reload)
 	listener, err := httpclient.ListenConfig(gatewayKeepAlive).Listen(ctx, "tcp", s.WebListenAddress.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
 	}
-	// A page of another site that somebody looks at must not push.
-	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(gatewayHandler(g, admin, guard, logger)), logger)
+	server := newServer(listener, s.WebConfigFile.value, s.WebExternalURL.value, gatewayHandler(g, admin, guard, logger), logger)
 	// The gateway sets times of its own for what takes longer.
 	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
 	if err := server.cacheConfig("gateway", "web", registry); err != nil {

@@ -116,7 +116,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "signal": sendSignal, "post": post, "get": get, "put": put, "delete": del, "lacks": lacks, "gone": gone,
+			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "raw": raw, "signal": sendSignal, "post": post, "get": get, "put": put, "delete": del, "lacks": lacks, "gone": gone,
 		},
 	})
 }
@@ -266,6 +266,7 @@ func request(ts *testscript.TestScript, neg bool, method string, args []string) 
 		name, value, _ := strings.Cut(header, "=")
 		req.Header.Set(name, value)
 	}
+	req.Host = req.Header.Get("Host")
 	resp, err := (&http.Client{Timeout: patience}).Do(req)
 	ts.Check(err)
 	defer func() { _ = resp.Body.Close() }()
@@ -275,6 +276,22 @@ func request(ts *testscript.TestScript, neg bool, method string, args []string) 
 	if neg == (resp.StatusCode < 400) {
 		ts.Fatalf("status %d: %s", resp.StatusCode, b)
 	}
+}
+
+// raw sends lines, and an empty one, to the address in a log and prints what is answered until the
+// connection ends: raw LOG LINE...
+func raw(ts *testscript.TestScript, _ bool, args []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", listening(ts, args[0]))
+	ts.Check(err)
+	defer func() { _ = conn.Close() }()
+	ts.Check(conn.SetDeadline(time.Now().Add(patience)))
+	_, err = io.WriteString(conn, strings.Join(args[1:], "\r\n")+"\r\n\r\n")
+	ts.Check(err)
+	b, err := io.ReadAll(conn)
+	ts.Check(err)
+	_, _ = ts.Stdout().Write(bytes.ReplaceAll(b, []byte("\r\n"), []byte("\n")))
 }
 
 // lacks fails when a file has a text: lacks FILE TEXT.
@@ -373,7 +390,7 @@ these, and whatever is wrong. The commands that run in a job, or for one, only t
 variable and go on without it; a wrong flag they refuse. As root, record takes no variable from the unit's
 environment, but those in /etc/default/promferry-agent.
 
-The files that their settings name are read again on SIGHUP and on a POST to /-/reload;
+The files that their settings name are read again on SIGHUP and, with --web.enable-lifecycle, on a POST to /-/reload;
 flags and variables need a restart. A bad file changes nothing, and says so in the log and
 in promferry_agent_last_reload_successful (promferry_proxy_..., promferry_gateway_..., promferry_expiry_...).
 `)

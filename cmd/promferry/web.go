@@ -29,7 +29,8 @@ type admin struct {
 	isReady atomic.Bool
 }
 
-func newAdmin(role string, reload func() error) *admin {
+// newAdmin returns the admin of a role. lifecycle tells whether a request may reload.
+func newAdmin(role string, lifecycle bool, reload func() error) *admin {
 	a := &admin{ServeMux: http.NewServeMux()}
 	a.HandleFunc("GET /-/healthy", func(rw http.ResponseWriter, _ *http.Request) {
 		say(rw, http.StatusOK, "promferry "+role+" is healthy.")
@@ -41,13 +42,19 @@ func newAdmin(role string, reload func() error) *admin {
 		}
 		say(rw, http.StatusOK, "promferry "+role+" is ready.")
 	})
-	a.HandleFunc("POST /-/reload", func(rw http.ResponseWriter, _ *http.Request) {
+	onRequest := func(rw http.ResponseWriter, _ *http.Request) {
+		if !lifecycle {
+			say(rw, http.StatusForbidden, "Lifecycle API is not enabled. Set --web.enable-lifecycle, or send SIGHUP.")
+			return
+		}
 		if err := reload(); err != nil {
 			say(rw, http.StatusInternalServerError, "reload: "+err.Error())
 			return
 		}
 		say(rw, http.StatusOK, "Reloaded.")
-	})
+	}
+	a.HandleFunc("POST /-/reload", onRequest)
+	a.HandleFunc("PUT /-/reload", onRequest) // As in Prometheus.
 	return a
 }
 
@@ -60,13 +67,12 @@ type web struct {
 	*admin
 }
 
-func newWeb(listener net.Listener, config string, registry *prometheus.Registry, reload func() error, status func() page.AgentStatus, logger *slog.Logger) *web {
-	w := &web{admin: newAdmin("agent", reload)}
+func newWeb(listener net.Listener, s *agentSettings, registry *prometheus.Registry, reload func() error, status func() page.AgentStatus, logger *slog.Logger) *web {
+	w := &web{admin: newAdmin("agent", s.WebLifecycle.value, reload)}
 	mux := w.ServeMux
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
 	mux.Handle("GET /{$}", page.Agent(status))
-	// A page of another site that somebody on this host looks at must not reload.
-	w.server = newServer(listener, config, http.NewCrossOriginProtection().Handler(mux), logger)
+	w.server = newServer(listener, s.WebConfigFile.value, s.WebExternalURL.value, mux, logger)
 	w.http.ReadTimeout, w.http.WriteTimeout = 30*time.Second, time.Minute
 	return w
 }
@@ -129,11 +135,12 @@ func (s *serverErrors) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// newServer returns a server. Handlers bound the time of reading bodies and of writing.
-func newServer(listener net.Listener, config string, handler http.Handler, logger *slog.Logger) *server {
+// newServer returns a server that answers no request of another site's page; external is what
+// browsers call it. Handlers bound the time of reading bodies and of writing.
+func newServer(listener net.Listener, config string, external siteURL, handler http.Handler, logger *slog.Logger) *server {
 	serving := make(chan struct{})
 	s := &server{listener: &announcing{Listener: listener, what: serving}, config: config, logger: logger, serving: serving, http: &http.Server{
-		Handler:           handler,
+		Handler:           newSite(listener.Addr(), external, logger).protect(handler),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       6 * time.Minute, // Longer than Prometheus keeps its own idle connections.
 		MaxHeaderBytes:    64 << 10,

@@ -29,11 +29,13 @@ func (e *exhausted) Accept() (net.Conn, error) {
 
 func (*exhausted) Close() error { return nil }
 
+func (*exhausted) Addr() net.Addr { return &net.TCPAddr{} }
+
 // TestNoFileDescriptors shows that an operator is told why no connection is taken, and not each
 // time, and nothing of what clients do.
 func TestNoFileDescriptors(t *testing.T) {
 	var log bytes.Buffer
-	s := newServer(&exhausted{left: 3}, "", nil, slog.New(slog.NewTextHandler(&log, nil)))
+	s := newServer(&exhausted{left: 3}, "", siteURL{}, nil, slog.New(slog.NewTextHandler(&log, nil)))
 	_ = s.http.Serve(s.listener)
 	if got := log.String(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, "too many open files") || !strings.Contains(got, "LimitNOFILE=") {
 		t.Errorf("the log is %q", got)
