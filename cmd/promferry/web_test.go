@@ -55,7 +55,7 @@ func TestHandshakeErrorShowsNoSecret(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	s := newServer(&exhausted{}, file, nil, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	s := newServer(&exhausted{}, file, siteURL{}, nil, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	s.http.ErrorLog.Print("http: TLS handshake error from 127.0.0.1:1: " + toolkit.Validate(file).Error())
 	if got := log.String(); strings.Contains(got, "canary") || !strings.Contains(got, "TLS handshake error: line 1: unknown field") {
 		t.Errorf("the log is %q", got)
