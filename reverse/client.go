@@ -78,7 +78,8 @@ type ClientConfig struct {
 	Allow []Allowance
 	// HTTP scrapes the targets.
 	HTTP Doer
-	// OwnHTTP scrapes what Allow lets be scraped. It must connect to this host only.
+	// OwnHTTP scrapes what Allow lets be scraped. It must connect to this host only, and send no
+	// credentials: those of HTTP are for the targets.
 	OwnHTTP Doer
 	// Dial connects to a target for CONNECT, DialOwn to this host only.
 	Dial, DialOwn func(ctx context.Context, network, address string) (net.Conn, error)
