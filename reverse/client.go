@@ -104,7 +104,7 @@ type Client struct {
 }
 
 // clientResults are all that can become of a scrape at the client.
-var clientResults = []string{"success", "bad_request", "not_allowed", "target_down", "too_large", "timeout", "broken_off", "canceled"}
+var clientResults = []string{"success", "bad_request", "not_allowed", "target_down", "too_large", "timeout", "broken_off", "redirect", "canceled"}
 
 // NewClient returns a client.
 func NewClient(cfg ClientConfig) *Client {
@@ -328,6 +328,9 @@ func (c *Client) scrape(w http.ResponseWriter, r *http.Request, to route) (int, 
 		return 0, c.explain(ctx, r, to, err, limit)
 	}
 	defer func() { _ = resp.Body.Close() }()
+	if f := redirected(r.URL, resp); f != nil {
+		return resp.StatusCode, f
+	}
 	copyAllowed(w.Header(), resp.Header)
 	if _, sent, err := passOn(w, r, resp, c.cfg.MaxBytes); err != nil {
 		f := c.explain(ctx, r, to, err, limit)

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -312,20 +313,108 @@ func TestS9AllowList(t *testing.T) {
 	}
 }
 
-// TestS11NoRedirects: a target cannot send the client elsewhere.
+// TestS11NoRedirects: a target cannot send the client elsewhere, and neither it nor a client the
+// scraper to another client or port, with its credential.
 func TestS11NoRedirects(t *testing.T) {
 	var reached atomic.Bool
 	secret, _ := target(t, func(http.ResponseWriter, *http.Request) { reached.Store(true) })
 	for _, kind := range kinds {
-		p, _ := target(t, func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, secret.URL.String(), http.StatusFound)
+		var location atomic.Pointer[string]
+		p, _ := target(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Location", *location.Load())
+			w.WriteHeader(http.StatusFound)
 		})
 		w := newWorld(t, newLoopback(t), options{noPTTH: kind == reverse.KindLongPoll})
-		w.join(clientName, anySession, p)
+		n := w.join(clientName, anySession, p)
 		w.connected(clientName, 1)
-		if a := w.scrape(at(clientName, p), 5*time.Second); a.status != http.StatusFound || reached.Load() {
-			t.Errorf("%s: %v", kind, a)
+		for to, want := range map[string]int{
+			secret.URL.String(): http.StatusBadGateway, "http://web-2:9100/metrics": http.StatusBadGateway, "//web-1:1/metrics": http.StatusBadGateway,
+			"/login": http.StatusFound, at(clientName, p) + "/": http.StatusFound,
+		} {
+			location.Store(&to)
+			if a := w.scrape(at(clientName, p), 5*time.Second); a.status != want || reached.Load() || want == http.StatusFound && a.header.Get("Location") != to {
+				t.Errorf("%s, %s: %v", kind, to, a)
+			}
+			// At the client itself: the proxy may be another one.
+			if rec := asProxy(t, n.client, "GET "+at(clientName, p)+" HTTP/1.1\r\nHost: x\r\n"+reverse.HeaderTimeout+": 5\r\n\r\n"); rec.Code != want {
+				t.Errorf("%s, %s: the client answers %d %s", kind, to, rec.Code, rec.Body)
+			}
 		}
+		if n := w.metric("promferry_proxy_scrapes_total", "result", "redirect"); n != 3 {
+			t.Errorf("%s: %v redirects are counted", kind, n)
+		}
+	}
+}
+
+// TestS11RedirectOfAClient: what a hostile client answers sends the scraper nowhere else, by no
+// status and by no header.
+func TestS11RedirectOfAClient(t *testing.T) {
+	const away = "http://me:canary@victim:9100/admin?token=canary"
+	for _, kind := range kinds {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, newPipes(), options{})
+			done := make(chan answer)
+			line := &raw{}
+			if kind == reverse.KindPTTH {
+				line = w.line(clientName, anySession, "")
+			}
+			scrape := func(said string) answer {
+				if kind == reverse.KindPTTH {
+					synctest.Wait()
+					go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+					line.request()
+					line.send(said)
+					return <-done
+				}
+				poll, push := w.raw(), w.raw()
+				poll.poll(clientName, anySession)
+				synctest.Wait()
+				go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+				id := poll.polled().Header.Get("Id")
+				go func() { _, _ = io.Copy(io.Discard, push) }()
+				push.push(said, "Id: "+id+"\r\n")
+				return <-done
+			}
+			for status := 300; status < 400; status++ {
+				said := fmt.Sprintf("HTTP/1.1 %d Moved\r\n%s: timeout\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n", status, reverse.HeaderError, away)
+				a := scrape(said)
+				if a.status != http.StatusBadGateway || a.header.Get(reverse.HeaderError) != "redirect" || a.header.Get("Location") != "" {
+					t.Errorf("%s: %d: %v %v", kind, status, a, a.header)
+				}
+				if text := string(a.body); !strings.Contains(text, "victim:9100/admin") || strings.Contains(text, "canary") {
+					t.Errorf("%s: %d: %s", kind, status, text)
+				}
+			}
+			if n := w.metric("promferry_proxy_scrapes_total", "result", "redirect"); n != 100 {
+				t.Errorf("%s: %v redirects are counted", kind, n)
+			}
+			two := scrape("HTTP/1.1 302 Found\r\nLocation: /login\r\nlocation: " + away + "\r\nContent-Length: 0\r\n\r\n")
+			if two.status != http.StatusBadGateway {
+				t.Errorf("%s: two Locations: %v", kind, two)
+			}
+			long := scrape("HTTP/1.1 302 Found\r\nLocation: http://victim/" + strings.Repeat("a", 60_000) + "\r\nContent-Length: 0\r\n\r\n")
+			if long.status != http.StatusBadGateway || len(long.body) > 500 {
+				t.Errorf("%s: a long Location: %v with %d bytes", kind, long, len(long.body))
+			}
+			none := scrape("HTTP/1.1 304 Not Modified\r\n\r\n")
+			if none.status != http.StatusNotModified {
+				t.Errorf("%s: without a Location: %v", kind, none)
+			}
+			others := ""
+			for _, name := range []string{"Refresh", "Content-Location", "Link", "Alt-Svc", "Uri", "Clear-Site-Data", "Strict-Transport-Security"} {
+				others += name + ": " + away + "\r\n"
+			}
+			a := scrape("HTTP/1.1 200 OK\r\n" + others + "Content-Length: 2\r\n\r\nok")
+			if string(a.body) != "ok" {
+				t.Errorf("%s: %v", kind, a)
+			}
+			for name, values := range a.header {
+				if strings.Contains(strings.Join(values, ""), "victim") {
+					t.Errorf("%s: the scraper gets %s: %q", kind, name, values)
+				}
+			}
+			<-time.After(time.Second) // The server waits that long for what it does not read.
+		})
 	}
 }
 

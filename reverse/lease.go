@@ -162,12 +162,12 @@ func (c *client) record(u *url.URL, status ScrapeStatus) {
 	c.last[best] = status
 }
 
-// portOf returns the port that a scrape is for, 0 when it is none.
+// portOf returns the port that a scrape of u is for, 0 when it is none.
 func portOf(u *url.URL) uint16 {
 	text := u.Port()
 	if text == "" {
 		text = "80"
-		if u.Query().Get(schemeParam) == "https" {
+		if u.Scheme == "https" || u.Query().Get(schemeParam) == "https" {
 			text = "443"
 		}
 	}

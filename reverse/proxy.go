@@ -282,6 +282,9 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	header := w.Header()
 	copyAllowed(header, resp.Header)
 	said := resp.Header.Get(HeaderError)
+	if f := redirected(r.URL, resp); f != nil {
+		return f, nil
+	}
 	if said != "" {
 		if !clientErrors[said] {
 			said = "bad_answer"
@@ -302,7 +305,9 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 }
 
 // clientErrors are what a client may say in HeaderError.
-var clientErrors = map[string]bool{"not_allowed": true, "target_down": true, "broken_off": true, "too_large": true, "timeout": true}
+var clientErrors = map[string]bool{
+	"not_allowed": true, "target_down": true, "broken_off": true, "too_large": true, "timeout": true, "redirect": true,
+}
 
 // explainBody says what an error of a body means, whose status may have been sent already.
 func (p *Proxy) explainBody(ctx context.Context, r *http.Request, err error, sent bool) *failure {
