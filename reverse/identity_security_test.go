@@ -265,8 +265,9 @@ func TestS9AllowList(t *testing.T) {
 	w := newWorld(t, newLoopback(t), options{})
 	n := w.joinWith(clientName, anySession, func(c *reverse.ClientConfig) {
 		c.HTTP, c.OwnHTTP, c.Dial, c.DialOwn = doer(note), doer(note), dialed, dialed
-		c.Allow = []reverse.Allowance{{Port: 9200, Path: "/health"}}
+		c.Allow = []reverse.Allowance{{Port: 9200, Path: "/health"}, {Port: 9300, Path: "/a/b"}}
 	},
+		reverse.PullTarget{Job: "probe", URL: mustURL(t, "http://127.0.0.1:9115/probe?module=a")},
 		reverse.PullTarget{Job: "node", URL: mustURL(t, "http://127.0.0.1:9100/metrics")},
 		reverse.PullTarget{Job: "tls", URL: mustURL(t, "https://10.0.0.1:8443/m")},
 	)
@@ -280,6 +281,8 @@ func TestS9AllowList(t *testing.T) {
 		"GET http://web-1:9100/metrics%00", "GET http://web-1:9100/metrics/", "GET http://web-1:9100/metrics;x", "GET http://web-1:9100/metrics%3Fx",
 		"GET http://web-1:09100.1/metrics", "GET http://web-1:+9100/metrics", "GET http://web-1:74636/metrics", "GET http://web-1:-1/metrics", "GET http://web-1:0/health",
 		"GET http://web-1:9200/health/../x", "GET http://web-1:9200/health%2f..%2fx", "GET http://web-1:9200/", "GET https://web-1:9100/metrics", "GET file:///etc/passwd",
+		"GET http://web-1:9300/a%2fb", "GET http://web-1:9300/a%2Fb", "GET http://web-1:9300/a/../b", "GET http://web-1:9300/a//b", "GET http://web-1:9300/a/%2e/b",
+		"GET http://web-1:9115/probe", "GET http://web-1:9115/probe?module=b", "GET http://web-1:9115/probe?module=a&target=evil", "GET http://web-1:9115/probe?module=a&module=b", "GET http://web-1:9115/probe?module=a;target=evil",
 		"GET ftp://web-1:9100/metrics", "GET gopher://web-1:9100/metrics", "GET unix:///run/docker.sock", "GET /metrics", "GET *", "GET //web-1:9100/metrics",
 		"GET http:web-1:9100/metrics", "GET http:///metrics", "GET http://web-1:9100/metrics?_scheme=https",
 		"POST http://web-1:9100/metrics", "PUT http://web-1:9100/metrics", "DELETE http://web-1:9100/metrics", "TRACE http://web-1:9100/metrics", "OPTIONS http://web-1:9100/metrics", "PATCH http://web-1:9100/metrics", "get http://web-1:9100/metrics",
@@ -295,7 +298,8 @@ func TestS9AllowList(t *testing.T) {
 		}
 	}
 	for target, want := range map[string]string{
-		"GET http://web-1:9100/metrics": "GET http://127.0.0.1:9100/metrics", "GET http://web-1:9200/health": "GET http://web-1:9200/health", "CONNECT web-1:8443": "10.0.0.1:8443",
+		"GET http://web-1:9100/metrics": "GET http://127.0.0.1:9100/metrics", "GET http://web-1:9200/health": "GET http://web-1:9200/health",
+		"GET http://web-1:9300/%61/b": "GET http://web-1:9300/a/b", "GET http://web-1:9115/probe?_scheme=&mod%75le=a": "GET http://127.0.0.1:9115/probe?module=a", "CONNECT web-1:8443": "10.0.0.1:8443",
 	} {
 		reached.Store(nil)
 		asProxy(t, n.client, target+" HTTP/1.1\r\nHost: evil\r\n"+timeout+"\r\n")
