@@ -204,8 +204,8 @@ func TestTargetOfTheQuery(t *testing.T) {
 	})
 	ask(t, c, "GET http://web-1:9115/probe?module=a")
 	for _, s := range c.Status() {
-		if scraped := !s.Last.At.IsZero(); scraped != (s.Target.Job == "a") {
-			t.Errorf("%s: scraped %v", s.Target.Job, scraped)
+		if scraped := !s.Last.At.IsZero(); scraped != (s.Job == "a") {
+			t.Errorf("%s: scraped %v", s.Job, scraped)
 		}
 	}
 }

@@ -219,8 +219,7 @@ func TestS8Revocation(t *testing.T) {
 		poll.send("POST /poll HTTP/1.1\r\nHost: x\r\n" + bearer("web-2") + hello("web-2", anySession) + "Content-Length: 5\r\n\r\nweb-2")
 		synctest.Wait()
 		revoke := func(valid bool) {
-			w.lines.Revoke(func(reverse.Grant, string) bool { return valid })
-			w.polls.Revoke(func(reverse.Grant, string) bool { return valid })
+			w.revoke(func(reverse.Grant, string) bool { return valid })
 			synctest.Wait()
 		}
 		revoke(true)
@@ -235,6 +234,232 @@ func TestS8Revocation(t *testing.T) {
 			t.Error("a connection is left")
 		}
 	})
+}
+
+// face is that of clients, which a reload of the rules opens to all or closes.
+type face struct{ open atomic.Bool }
+
+func (f *face) authorize(r *http.Request, name string) (reverse.Grant, error) {
+	if f.open.Load() {
+		return who(""), nil
+	}
+	return byToken(r, name)
+}
+
+// valid tells whether a grant of what the face was is one of what it is.
+func (f *face) valid(g reverse.Grant, _ string) bool { return f.open.Load() == (g.Identity() == "") }
+
+// revoke ends what is not valid any more, as cmd has it.
+func (w *world) revoke(valid func(reverse.Grant, string) bool) {
+	w.registry.Revoke(valid)
+	w.lines.Revoke(valid)
+	w.polls.Revoke(valid)
+	w.proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
+}
+
+// pollAs asks for a scrape by hand, as web-1.
+func (c *raw) pollAs(more string) {
+	c.send("POST /poll HTTP/1.1\r\nHost: x\r\n" + more + "Content-Length: 5\r\n\r\nweb-1")
+}
+
+// TestS8FaceOpenedAndClosed: what began while anybody could be a client ends when that is over, and
+// the other way round. The name is free at once: the client whose it is connects again.
+func TestS8FaceOpenedAndClosed(t *testing.T) {
+	ours := reverse.HeaderSession + ": " + anySession + "\r\n"
+	half := "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 200000\r\n\r\n" + strings.Repeat("x", 100_000)
+	respond := func(w *world, poll *raw, more, idHeader string) *raw {
+		id := poll.polled().Header.Get("Id")
+		c := w.raw()
+		c.send("POST /push HTTP/1.1\r\nHost: x\r\n" + more + strings.ReplaceAll(idHeader, "ID", id) +
+			"Content-Length: 300000\r\n\r\n" + strings.ReplaceAll(half, "ID", id))
+		return c
+	}
+	for name, begin := range map[string]func(w *world, credential string, ask func()) *raw{
+		"an idle line": func(w *world, credential string, _ func()) *raw { return w.line(clientName, anySession, credential) },
+		"a line in use": func(w *world, credential string, ask func()) *raw {
+			c := w.line(clientName, anySession, credential)
+			ask()
+			c.request()
+			return c
+		},
+		"half an answer": func(w *world, credential string, ask func()) *raw {
+			c := w.line(clientName, anySession, credential)
+			ask()
+			c.request()
+			c.send(half)
+			return c
+		},
+		"a session whose lines have ended": func(w *world, credential string, _ func()) *raw {
+			c := w.line(clientName, anySession, credential)
+			synctest.Wait()
+			_ = c.Close()
+			return c
+		},
+		"a poll": func(w *world, credential string, _ func()) *raw {
+			c := w.raw()
+			c.pollAs(credential + ours)
+			return c
+		},
+		"a poll of PushProx's": func(w *world, credential string, _ func()) *raw {
+			c := w.raw()
+			c.pollAs(credential)
+			return c
+		},
+		"a scrape that is taken": func(w *world, credential string, ask func()) *raw {
+			c := w.raw()
+			c.pollAs(credential + ours)
+			synctest.Wait()
+			ask()
+			c.polled()
+			return c
+		},
+		"half a response": func(w *world, credential string, ask func()) *raw {
+			c := w.raw()
+			c.pollAs(credential + ours)
+			synctest.Wait()
+			ask()
+			return respond(w, c, credential+ours, "Id: ID\r\n")
+		},
+		"half a response of PushProx's": func(w *world, credential string, ask func()) *raw {
+			c := w.raw()
+			c.pollAs(credential)
+			synctest.Wait()
+			ask()
+			return respond(w, c, credential, "")
+		},
+	} {
+		for _, closes := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, " closes ", closes), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					f := &face{}
+					f.open.Store(closes)
+					before, after := "", bearer(clientName)
+					if !closes {
+						before, after = after, before
+					}
+					w := newWorld(t, newPipes(), options{registry: func(c *reverse.RegistryConfig) { c.Authorize = f.authorize }})
+					done := make(chan answer, 1)
+					asked := false
+					c := begin(w, before, func() {
+						asked = true
+						synctest.Wait()
+						go func() { done <- w.scrape("http://web-1:9100/metrics", 30*time.Second) }()
+					})
+					synctest.Wait()
+					f.open.Store(!closes)
+					began := time.Now()
+					w.revoke(f.valid)
+					if asked {
+						if a := <-done; a.broken == nil && a.status != http.StatusServiceUnavailable {
+							t.Errorf("the scrape: %v", a)
+						}
+					}
+					again := w.line(clientName, anySession, after) // Refused, it would fail.
+					synctest.Wait()
+					if took := time.Since(began); took != 0 {
+						t.Errorf("only after %v", took)
+					}
+					if !c.ended(time.Second) {
+						t.Error("the connection is left")
+					}
+					go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+					again.request()
+					again.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+					if a := <-done; string(a.body) != "ok" {
+						t.Errorf("the next scrape: %v", a)
+					}
+					if n := w.metric("promferry_proxy_lines"); n != 1 {
+						t.Errorf("%v lines", n)
+					}
+					if n := w.metric("promferry_proxy_duplicate_sessions_total"); n != 0 {
+						t.Errorf("%v sessions were counted as duplicate", n)
+					}
+					<-time.After(time.Second) // The server waits that long for what it does not read.
+				})
+			})
+		}
+	}
+}
+
+// TestS8RevocationOfTunnels: a tunnel ends when either end is not let in any more.
+func TestS8RevocationOfTunnels(t *testing.T) {
+	for _, revoked := range []string{"", "scraper"} { // Of the client and of the scraper.
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, newPipes(), options{
+				registry: func(c *reverse.RegistryConfig) {
+					c.Authorize = func(*http.Request, string) (reverse.Grant, error) { return who(""), nil }
+				},
+				proxy: func(c *reverse.ProxyConfig) {
+					c.Authorize = func(*http.Request) (reverse.Grant, error) { return who("scraper"), nil }
+				},
+			})
+			line := w.line(clientName, anySession, "")
+			synctest.Wait()
+			scraper := w.raw()
+			scraper.send("CONNECT web-1:8443 HTTP/1.1\r\nHost: web-1:8443\r\n\r\n")
+			line.request()
+			line.send("HTTP/1.1 200 OK\r\n\r\n")
+			if resp, err := http.ReadResponse(scraper.r, &http.Request{Method: http.MethodConnect}); err != nil || resp.StatusCode != http.StatusOK { //nolint:bodyclose // It has none.
+				t.Fatalf("no tunnel: %v %v", resp, err)
+			}
+			go func() { _, _ = io.WriteString(scraper, "hello") }()
+			b := make([]byte, 5)
+			if _, err := io.ReadFull(line.r, b); err != nil || string(b) != "hello" {
+				t.Fatalf("%q %v", b, err)
+			}
+			w.revoke(func(g reverse.Grant, _ string) bool { return g != who(revoked) })
+			if !line.ended(time.Second) || !scraper.ended(time.Second) {
+				t.Errorf("the tunnel is left when %q is revoked", revoked)
+			}
+		})
+	}
+}
+
+// credential is a grant by one of several tokens of an identity.
+type credential struct{ token string }
+
+func (credential) Identity() string { return "web" }
+
+// TestS8RevocationOfOneToken: of the lines of one session, those end that were opened by the token
+// that is taken away.
+func TestS8RevocationOfOneToken(t *testing.T) {
+	for _, kind := range []string{reverse.KindPTTH, reverse.KindLongPoll, reverse.KindPushProx} {
+		t.Run(kind, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, newPipes(), options{registry: func(c *reverse.RegistryConfig) {
+					c.Authorize = func(r *http.Request, _ string) (reverse.Grant, error) {
+						return credential{r.Header.Get("Authorization")}, nil
+					}
+				}})
+				open := func(token string) *raw {
+					if kind == reverse.KindPTTH {
+						return w.line(clientName, anySession, bearer(token))
+					}
+					c, session := w.raw(), ""
+					if kind == reverse.KindLongPoll {
+						session = reverse.HeaderSession + ": " + anySession + "\r\n"
+					}
+					c.pollAs(bearer(token) + session)
+					synctest.Wait()
+					return c
+				}
+				stolen := open("old")
+				genuine := open("new")
+				synctest.Wait()
+				w.revoke(func(g reverse.Grant, _ string) bool { return g != credential{"Bearer old"} })
+				synctest.Wait()
+				if !stolen.ended(time.Second) {
+					t.Error("the connection by the old token is left")
+				}
+				if n := w.metric("promferry_proxy_lines"); n != 1 {
+					t.Errorf("%v lines", n)
+				}
+				if genuine.ended(time.Second) {
+					t.Error("the connection by the new token ended")
+				}
+			})
+		})
+	}
 }
 
 // asProxy sends a request over a line of a client, as a hostile proxy may.

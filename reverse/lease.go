@@ -38,6 +38,8 @@ var (
 	ErrNoTunnel = errors.New("connected by long-poll, which has no CONNECT: set params {_scheme: [https]} and scheme: http")
 	// ErrGone: the line ended with the request on its way.
 	ErrGone = errors.New("the line to the client ended in the middle")
+	// ErrMalformed: what the client answered is no HTTP response, or more than one.
+	ErrMalformed = errors.New("the client's answer is not one HTTP response")
 )
 
 // reconnectPatience is how long a scrape waits for a line: a client's first try to connect
