@@ -223,9 +223,7 @@ func (c *Client) route(r *http.Request) (route, *failure) {
 		}
 		switch {
 		case t.Query == "":
-			if to.index < 0 { // One with the very query is preferred.
-				to.index = i
-			}
+			to.index = i // Unless another one has the very query.
 		case sameQuery(query, t.Query):
 			to.index, to.url = i, c.cfg.Targets[i].URL // As it is configured.
 			return to, nil

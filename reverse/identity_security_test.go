@@ -457,6 +457,14 @@ func TestS8RevocationOfOneToken(t *testing.T) {
 				if genuine.ended(time.Second) {
 					t.Error("the connection by the new token ended")
 				}
+				// No line stays open that is not scraped any more.
+				open("old")
+				synctest.Wait()
+				w.revoke(func(g reverse.Grant, _ string) bool { return g != credential{"Bearer old"} })
+				synctest.Wait()
+				if n := w.metric("promferry_proxy_lines"); n == 0 && !genuine.ended(time.Second) {
+					t.Error("a connection is left that no scrape uses")
+				}
 			})
 		})
 	}

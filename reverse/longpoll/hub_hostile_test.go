@@ -305,6 +305,38 @@ func TestResponseThatBreaksOff(t *testing.T) {
 	})
 }
 
+// TestResponseWithMoreToCome: a push that is longer than its response is malformed before all of it has
+// come.
+func TestResponseWithMoreToCome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnd(t)
+		c, r := e.dial(t)
+		_, _ = io.WriteString(c, poll("web-1"))
+		synctest.Wait()
+		done := make(chan error)
+		go func() {
+			_, err := e.scrape(t.Context(), http.MethodGet)
+			done <- err
+		}()
+		resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // It goes with its connection.
+		if err != nil {
+			t.Fatal(err)
+		}
+		scrape, err := http.ReadRequest(bufio.NewReader(resp.Body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		longer := push("HTTP/1.1 200 OK\r\nId: " + scrape.Header.Get("Id") + "\r\nContent-Length: 2\r\n\r\nok!")
+		c2, _ := e.dial(t)
+		_, _ = io.WriteString(c2, longer[:len(longer)-1])
+		if err := <-done; !errors.Is(err, reverse.ErrMalformed) {
+			t.Errorf("got %v", err)
+		}
+		_ = c2.Close()
+		<-time.After(time.Second) // The server waits that long for what it does not read.
+	})
+}
+
 // TestHostileProxyFloods: a proxy cannot make a client do any number of scrapes at a time.
 func TestHostileProxyFloods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
