@@ -126,7 +126,7 @@ func (c registryCollector) Collect(ch chan<- prometheus.Metric) {
 // results are all that can become of a scrape.
 var results = []string{
 	"success", "bad_request", "unauthorized", "unknown_client", "client_away", "no_free_line", "client_gone", "client_limit",
-	"proxy_limit", "stopping", "not_allowed", "target_down", "too_large", "timeout", "bad_answer", "no_tunnel", "broken_off", "canceled",
+	"proxy_limit", "stopping", "not_allowed", "target_down", "too_large", "timeout", "bad_answer", "no_tunnel", "broken_off", "redirect", "canceled",
 }
 
 type proxyMetrics struct {

@@ -19,6 +19,7 @@ type Session struct {
 	ready    bool      // a line has been free
 	empty    time.Time // when the last line ended, while there is none
 	goodbye  bool
+	revoked  bool
 	// What this process announced, with the hash of it.
 	announced    uint64
 	announcement *Announcement
@@ -126,6 +127,32 @@ func (s *Session) Leave(l Line) {
 	if s.goodbye {
 		s.end()
 	}
+}
+
+// Revoke ends the sessions of clients that are not valid any more, so that others may have their
+// names. It must be called before the Revoke of what makes lines, which closes theirs.
+func (r *Registry) Revoke(valid func(g Grant, name string) bool) {
+	for _, c := range r.all() {
+		c.mu.Lock()
+		for _, s := range slices.Clone(c.sessions) { // end takes it out.
+			if s.grant == nil || valid(s.grant, c.name) {
+				continue
+			}
+			s.revoked = true
+			if s.lines > 0 {
+				s.empty = time.Now()
+			}
+			s.end()
+		}
+		c.mu.Unlock()
+	}
+}
+
+// Revoked tells whether Revoke has ended the session. No line of it is used any more.
+func (s *Session) Revoked() bool {
+	s.client.mu.Lock()
+	defer s.client.mu.Unlock()
+	return s.revoked
 }
 
 // Name returns the client's name.

@@ -151,6 +151,7 @@ func (d *proxyDaemon) revoke() {
 		grant, ok := g.(access.Grant)
 		return ok && d.guard.Valid(grant, name)
 	}
+	d.clients.Revoke(valid)
 	d.hub.Revoke(valid)
 	d.polls.Revoke(valid)
 	d.proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })

@@ -47,6 +47,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	if err != nil {
 		return nil, usageError{s.ProxyHTTPConfig.fault(err)}
 	}
+	// The credentials of the file are for the targets, the rest of it is for whatever is scraped.
 	own, err := httpclient.NewWithDial("scrape", s.ScrapeHTTPConfig.value, dialOwn)
 	if err != nil {
 		return nil, usageError{s.ScrapeHTTPConfig.fault(err)}
@@ -55,7 +56,7 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	p := &pull{name: s.Fqdn.value, clients: []*httpclient.Client{toProxy, own}}
 	p.client = reverse.NewClient(reverse.ClientConfig{
 		Name: s.Fqdn.value, Targets: targets, Allow: s.PullAllows.value,
-		HTTP: scrape, OwnHTTP: own, Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
+		HTTP: scrape, OwnHTTP: own.WithoutCredentials(), Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
 		MaxBytes: int64(s.PullMaxBytes.value), TunnelIdle: tunnelIdle, Logger: logger, Registerer: r,
 	})
 	header := http.Header{}
