@@ -210,11 +210,11 @@ func (t Target) validate() error {
 	for name, values := range params {
 		switch {
 		case !model.LegacyValidation.IsValidLabelName("__param_" + name):
-			return fmt.Errorf("parameter %q: service discovery carries letters, digits and _ only; set it under params in Prometheus", name)
+			return fmt.Errorf("parameter %q: service discovery carries letters, digits and _ only; set the whole query under params in Prometheus instead", name)
 		case name == "_scheme":
 			return errors.New("parameter _scheme: is the proxy's own")
 		case len(values) > 1:
-			return fmt.Errorf("parameter %q: service discovery carries one value only; set it under params in Prometheus", name)
+			return fmt.Errorf("parameter %q: service discovery carries one value only; set the whole query under params in Prometheus instead", name)
 		case !utf8.ValidString(values[0]):
 			return fmt.Errorf("parameter %q: the value is not UTF-8", name)
 		}
