@@ -23,6 +23,7 @@ require (
 )
 
 require (
+	github.com/gofrs/flock v0.13.1
 	github.com/golang-jwt/jwt/v5 v5.3.1
 	github.com/prometheus/alertmanager v0.31.1
 	go.etcd.io/bbolt v1.5.0

@@ -631,7 +631,7 @@ func TestLedgerThatCannotBeWritten(t *testing.T) {
 			t.Errorf("log %s", s.log)
 		}
 		entries, err := os.ReadDir(dir)
-		if err != nil || len(entries) != 1 {
+		if err != nil || len(entries) != 2 || entries[0].Name() != "groups.json" || entries[1].Name() != "version" {
 			t.Errorf("left in the directory: %v, %v", entries, err)
 		}
 	})

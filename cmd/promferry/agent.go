@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -247,14 +246,14 @@ func (a *agentCommand) ledger() (*forwarder.Ledger, error) {
 	return forwarder.NewLedger(a.settings.StateDir.value, a.settings.LockFile.value, id)
 }
 
-// lock takes the lock, in a state directory that it makes when there is none.
+// lock takes the lock, by default in the state directory.
 func (a *agentCommand) lock() (*lockfile.Lock, error) {
 	s := a.settings
-	if dir := filepath.Dir(s.LockFile.value); dir == filepath.Clean(s.StateDir.value) {
-		if err := os.MkdirAll(dir, 0o750); err != nil {
-			return nil, fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
-		}
+	dir, err := openState(s.StateDir)
+	if err != nil {
+		return nil, err
 	}
+	_ = dir.Close()
 	lock, err := lockfile.Acquire(s.LockFile.value)
 	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
 		return nil, fmt.Errorf("another agent runs on this host: %w", held)

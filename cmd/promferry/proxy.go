@@ -100,12 +100,12 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return err
 	}
 	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value, s.ClientConfigFile.value}})
-	dir, err := statedir.Open(s.StateDir.value)
+	dir, err := openState(s.StateDir)
 	if err != nil {
-		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
+		return err
 	}
 	defer func() { _ = dir.Close() }()
-	lock, err := lockfile.Acquire(dir.Path("proxy.pid"))
+	lock, err := lockfile.AcquireIn(dir, "proxy.pid")
 	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
 		return fmt.Errorf("another proxy has this state directory: %w", held)
 	} else if err != nil {

@@ -46,7 +46,7 @@ func TestOwner(t *testing.T) {
 	if err := sub.WriteFile("file", []byte("content")); err != nil {
 		t.Fatal(err)
 	}
-	lock, err := sub.OpenLock("lock")
+	lock, err := sub.OpenRW("lock")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,14 +88,14 @@ func TestNothingOutside(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := open(t, path)
-	if f, err := d.OpenLock("hard"); err == nil {
+	if f, err := d.OpenRW("hard"); err == nil {
 		t.Errorf("opened %s, which has another name, to lock", f.Name())
 	}
 	for _, name := range []string{"file", "dir", "dangling", "up", "pipe", "../x"} {
 		if f, err := d.OpenFile(name); err == nil {
 			t.Errorf("opened %s", f.Name())
 		}
-		if f, err := d.OpenLock(name); err == nil {
+		if f, err := d.OpenRW(name); err == nil {
 			t.Errorf("opened %s to lock", f.Name())
 		}
 	}
