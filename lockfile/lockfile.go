@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/gofrs/flock"
 
@@ -116,11 +117,34 @@ func read(f *os.File) (holder, guarded int) {
 	if len(lines) > 1 {
 		var pid int
 		var start string
-		if _, err := fmt.Sscan(lines[1], &pid, &start); err == nil && start == startOf(pid) {
+		if _, err := fmt.Sscan(lines[1], &pid, &start); err == nil && start == startOf(pid) && mayGuard(f, pid) {
 			guarded = pid
 		}
 	}
 	return holder, guarded
+}
+
+// mayGuard reports whether a process may hold the lock after its holder. Another user who owns
+// the file could write any PID into it, such as that of a process that never ends.
+func mayGuard(f *os.File, pid int) bool {
+	info, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	owner := uid(info)
+	if owner == 0 || owner == os.Geteuid() {
+		return true
+	}
+	process, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
+	return err == nil && uid(process) == owner
+}
+
+func uid(info os.FileInfo) int {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return -1
+	}
+	return int(stat.Uid)
 }
 
 // startOf returns when the process started, in the kernel's words: together with the PID

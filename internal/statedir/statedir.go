@@ -146,7 +146,11 @@ func (d *Dir) own() error {
 	if _, err := f.Readdirnames(1); !errors.Is(err, io.EOF) {
 		return nil
 	}
-	return f.Chown(d.uid, d.gid)
+	if err := f.Chown(d.uid, d.gid); err != nil {
+		return err
+	}
+	d.owner = d.uid
+	return nil
 }
 
 // Trusted reports whether nobody but this process's user, and root, can put files into the
