@@ -106,6 +106,11 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			env.Setenv("MACHINE_ID_FILE", machineID)
+			previous, err := filepath.Abs(filepath.Join("testdata", "previous"))
+			if err != nil {
+				return err
+			}
+			env.Setenv("PREVIOUS", previous)
 			env.Setenv("GORACE", "atexit_sleep_ms=0") // A second, else, at each end of a process.
 			env.Setenv("EXPORTER", exporter.URL)
 			env.Setenv("GATEWAY", gateway.URL)

@@ -140,3 +140,41 @@ func TestLock(t *testing.T) {
 	}
 	_ = again.Close()
 }
+
+// TestVersion has what a version file can say.
+func TestVersion(t *testing.T) {
+	for _, test := range []struct{ name, content, err string }{
+		{"none", "", ""},
+		{"this one", "1\n", ""},
+		{"not written to its end", "\n", ""},
+		{"newer", "2\n", "has version 2, and this promferry reads up to version 1: install the newer promferry"},
+		{"much newer", "10", "has version 10, and"},
+		{"no number", "one\n", `version: "one" is not a version: write the number 1 into it`},
+		{"zero", "0\n", `version: "0" is not a version`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := t.TempDir()
+			file := filepath.Join(path, "version")
+			if test.content != "" {
+				if err := os.WriteFile(file, []byte(test.content), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, open := range []func() (*statedir.Dir, error){
+				func() (*statedir.Dir, error) { return statedir.Open(path) },
+				func() (*statedir.Dir, error) { return statedir.OpenSub(path, "sub") },
+			} {
+				d, err := open()
+				if err == nil {
+					_ = d.Close()
+				}
+				if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+					t.Errorf("got %v, want %q", err, test.err)
+				}
+			}
+			if b, err := os.ReadFile(file); test.content == "" && (err != nil || string(b) != "1\n") {
+				t.Errorf("it holds %q, %v", b, err)
+			}
+		})
+	}
+}
