@@ -32,6 +32,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"promferry": func() {
 		machineIDFile = os.Getenv("MACHINE_ID_FILE")
 		agentDefaultsFile = cmp.Or(os.Getenv("AGENT_DEFAULTS_FILE"), "/nowhere")
+		batchDefaultsFile = cmp.Or(os.Getenv("BATCH_DEFAULTS_FILE"), "/nowhere")
 		systemctlPath = cmp.Or(os.Getenv("SYSTEMCTL"), systemctlPath)
 		main()
 	}})

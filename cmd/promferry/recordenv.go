@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -12,26 +13,35 @@ import (
 	"github.com/promferry/promferry/internal/envfile"
 )
 
-// agentDefaultsFile has the settings of the agent's unit.
-var agentDefaultsFile = "/etc/default/promferry-agent"
+// agentDefaultsFile has the settings of the agent's unit. The first drop-in for record had a file
+// of its own, batchDefaultsFile, which still counts where it is there.
+var (
+	agentDefaultsFile = "/etc/default/promferry-agent"
+	batchDefaultsFile = "/etc/default/promferry-batch"
+)
 
 // systemdVariables are those with which systemd tells how a unit ended.
 var systemdVariables = []string{"SERVICE_RESULT", "EXIT_CODE", "EXIT_STATUS"}
 
-// settleRootEnvironment makes the environment that of the agent's unit, for root's record: that
-// of the unit that ended may be made by somebody who is not root, as may what is in its
-// directories. Of it only systemd's own variables are left. What was ignored is returned, as an
-// error for the user, and why the file cannot be used.
+// settleRootEnvironment makes the environment that of the agent's unit, for root's record, and
+// the working directory /. Those of the unit that ended may be made by a user who is not root. Of
+// the environment only systemd's own variables are left. It returns what was ignored, and why a
+// file cannot be used.
 func settleRootEnvironment() (ignored, unusable error) {
-	vars, unusable := readAgentDefaults()
-	if unusable != nil {
-		unusable = fmt.Errorf("%w; its settings are ignored", unusable)
+	_ = os.Chdir("/") // It is there.
+	vars := make(map[string]string)
+	for _, file := range []string{agentDefaultsFile, batchDefaultsFile} {
+		read, err := readDefaults(file)
+		if err != nil {
+			unusable = errors.Join(unusable, fmt.Errorf("%w; its settings are ignored", err))
+		}
+		maps.Copy(vars, read)
 	}
 	var names []string
 	for _, variable := range os.Environ() {
 		name, value, _ := strings.Cut(variable, "=")
-		// An EnvironmentFile= of the unit may have the same.
-		if strings.HasPrefix(name, envPrefix+"_") && vars[name] != value {
+		// An EnvironmentFile= of the unit may have the same. An empty one is not set.
+		if strings.HasPrefix(name, envPrefix+"_") && value != "" && vars[name] != value {
 			names = append(names, name)
 		}
 	}
@@ -39,9 +49,6 @@ func settleRootEnvironment() (ignored, unusable error) {
 		slices.Sort(names)
 		ignored = fmt.Errorf("ignored in the unit's environment: %s; as root, record takes settings from its flags in ExecStopPost= and from %s",
 			strings.Join(names, ", "), agentDefaultsFile)
-	}
-	if vars == nil {
-		vars = make(map[string]string)
 	}
 	for _, name := range systemdVariables {
 		vars[name] = os.Getenv(name)
@@ -56,10 +63,10 @@ func settleRootEnvironment() (ignored, unusable error) {
 // maxDefaults is up to which size, in bytes, the file is read.
 const maxDefaults = 1 << 20
 
-// readAgentDefaults returns the variables of the file, none where there is no file. Root takes
-// it from root only.
-func readAgentDefaults() (map[string]string, error) {
-	f, err := os.OpenFile(agentDefaultsFile, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+// readDefaults returns the variables of a file, none where there is no file. Root takes them
+// from a file of root's only.
+func readDefaults(path string) (map[string]string, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil //nolint:nilnil // No variables.
 	}
@@ -74,9 +81,9 @@ func readAgentDefaults() (map[string]string, error) {
 	owner, ok := info.Sys().(*syscall.Stat_t)
 	switch {
 	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("%s: not a regular file", agentDefaultsFile)
+		return nil, fmt.Errorf("%s: not a regular file", path)
 	case !ok || owner.Uid != 0 || info.Mode()&0o002 != 0 || owner.Gid != 0 && info.Mode()&0o020 != 0:
-		return nil, fmt.Errorf("%s: others than root can write to it: run chown root:root and chmod 644", agentDefaultsFile)
+		return nil, fmt.Errorf("%s: others than root can write to it: run chown root:root and chmod 644", path)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxDefaults))
 	if err != nil {
