@@ -817,3 +817,58 @@ func TestDryRunDeletesNothing(t *testing.T) {
 		}
 	})
 }
+
+// TestDryRunReadsNothingElse has in the place of the ledger, or of its directory's version, what
+// root must not read in a directory of another user.
+func TestDryRunReadsNothingElse(t *testing.T) {
+	for name, tc := range map[string]struct {
+		place func(t *testing.T, dir string)
+		err   string
+	}{
+		"symbolic link": {linkAway, "groups.json: not a regular file with one name: a symbolic link is not followed; remove it"},
+		"hard link": {func(t *testing.T, dir string) {
+			t.Helper()
+			if err := os.Link(filepath.Join(dir, "groups.json"), filepath.Join(t.TempDir(), "elsewhere")); err != nil {
+				t.Fatal(err)
+			}
+		}, "groups.json: not a regular file with one name: it has 2 names (hard links); put a copy in its place"},
+		"named pipe": {func(t *testing.T, dir string) {
+			t.Helper()
+			path := filepath.Join(dir, "groups.json")
+			if err := errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}, "groups.json: not a regular file with one name; remove it"},
+		"newer version": {func(t *testing.T, dir string) {
+			t.Helper()
+			if err := os.WriteFile(filepath.Join(dir, "version"), []byte("2\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, "has version 2, and this promferry reads up to version 1"},
+		"no directory": {func(t *testing.T, dir string) {
+			t.Helper()
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+		}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir, h := t.TempDir(), newHubs()
+				forward(t, owned(t, h, dir, "http://a"), time.Second)
+				tc.place(t, dir)
+				s := owned(t, h, dir, "http://a")
+				s.Instance = "web-2"
+				f, err := forwarder.New(s.Config)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var b strings.Builder
+				err = f.DryRun(t.Context(), &b)
+				if told := b.String() + fmt.Sprint(err); strings.Contains(told, "# delete from") || !strings.Contains(told, tc.err) || tc.err == "" && err != nil {
+					t.Errorf("got %s", told)
+				}
+			})
+		})
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -218,6 +219,52 @@ func TestNewFile(t *testing.T) {
 			left, err := os.ReadDir(dir)
 			if err != nil || len(left) != 1 || left[0].Name() != "groups.db" {
 				t.Errorf("there is %v, %v", left, err)
+			}
+		})
+	}
+}
+
+// TestOtherFiles has what another user may have put in the place of the file. Nothing outside the
+// directory changes, and nothing waits.
+func TestOtherFiles(t *testing.T) {
+	victim := filepath.Join(t.TempDir(), "victim")
+	for name, place := range map[string]func(path string) error{
+		"symbolic link": func(path string) error { return os.Symlink(victim, path) },
+		"hard link":     func(path string) error { return os.Link(victim, path) },
+		"dangling link": func(path string) error { return os.Symlink(victim+".new", path) },
+		"named pipe":    func(path string) error { return syscall.Mkfifo(path, 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(t.TempDir(), "groups.db")
+			if err := place(path); err != nil {
+				t.Fatal(err)
+			}
+			_, err := openDisk(path, discard{})
+			if want := path + ": not a regular file with one name"; err == nil || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("got %v, want %s", err, want)
+			}
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+			// What is left of a file that was not finished is removed, and not what it leads to.
+			if err := place(path + ".new"); err != nil {
+				t.Fatal(err)
+			}
+			d, err := openDisk(path, discard{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := d.close(); err != nil {
+				t.Error(err)
+			}
+			if b, err := os.ReadFile(victim); err != nil || string(b) != "precious" {
+				t.Errorf("the victim is %q, %v", b, err)
+			}
+			if _, err := os.Stat(victim + ".new"); err == nil {
+				t.Error("a file was made behind the link")
 			}
 		})
 	}

@@ -7,7 +7,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/promferry/promferry/lockfile"
 )
@@ -97,6 +100,89 @@ func TestErrorNamesThePath(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "missing", "agent.pid")
 	if _, err := lockfile.Acquire(path); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("got %v, want an error that names %s", err, path)
+	}
+}
+
+// TestOtherFiles has in the place of the lock file what another user may have put there.
+func TestOtherFiles(t *testing.T) {
+	victim := filepath.Join(t.TempDir(), "victim")
+	for name, place := range map[string]func(path string) error{
+		"symbolic link": func(path string) error { return os.Symlink(victim, path) },
+		"hard link":     func(path string) error { return os.Link(victim, path) },
+		"dangling link": func(path string) error { return os.Symlink(victim+".new", path) },
+		"named pipe":    func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"directory":     func(path string) error { return os.Mkdir(path, 0o700) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(t.TempDir(), "agent.pid")
+			if err := place(path); err != nil {
+				t.Fatal(err)
+			}
+			_, err := lockfile.Acquire(path)
+			if want := "lock: " + path + ": not a regular file with one name"; err == nil || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("got %v, want %s", err, want)
+			}
+			if b, err := os.ReadFile(victim); err != nil || string(b) != "precious" {
+				t.Errorf("the victim is %q, %v", b, err)
+			}
+			if _, err := os.Stat(victim + ".new"); err == nil {
+				t.Error("a file was made behind the link")
+			}
+		})
+	}
+}
+
+// TestFormerLock has the lock as former versions take it, by flock(2) on the file: it excludes
+// ours, and ours excludes it.
+func TestFormerLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.pid")
+	if err := os.WriteFile(path, []byte("4711\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	former, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = former.Close() }()
+	flock := func(how int) error { return unix.Flock(int(former.Fd()), how|unix.LOCK_NB) }
+	if err := flock(unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	held, ok := errors.AsType[*lockfile.HeldError](func() error { _, err := lockfile.Acquire(path); return err }())
+	if !ok || held.PID != 4711 || held.Path != path {
+		t.Errorf("got %+v, want it held by PID 4711", held)
+	}
+	if err := flock(unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := lockfile.Acquire(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := flock(unix.LOCK_EX); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("the former lock beside ours: %v", err)
+	}
+	if err := lock.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := flock(unix.LOCK_EX); err != nil {
+		t.Errorf("the former lock after ours: %v", err)
+	}
+}
+
+func TestRelativePath(t *testing.T) {
+	t.Chdir(t.TempDir())
+	lock, err := lockfile.Acquire("agent.pid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Release() }()
+	_, err = lockfile.Acquire("./agent.pid")
+	if held, ok := errors.AsType[*lockfile.HeldError](err); !ok || held.PID != os.Getpid() {
+		t.Errorf("got %v, want it held by ourselves", err)
 	}
 }
 
