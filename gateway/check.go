@@ -31,9 +31,9 @@ func check(families []*dto.MetricFamily, key pushgw.GroupingKey) ([]*dto.MetricF
 		switch {
 		case name == pushTimeName || name == pushFailureTimeName: // The gateway's own to write.
 		case !model.UTF8Validation.IsValidMetricName(name) || hasControl(name):
-			return nil, inconsistent("family %q: that is no name; a name is UTF-8 without control characters, and not empty", name)
+			return nil, inconsistent("family %.200q: that is no name; a name is UTF-8 without control characters, and not empty", name)
 		case first != nil && first.GetType() != family.GetType():
-			return nil, inconsistent("family %q: it comes twice, as %s and as %s", name, typeName(first.GetType()), typeName(family.GetType()))
+			return nil, inconsistent("family %.200q: it comes twice, as %s and as %s", name, typeName(first.GetType()), typeName(family.GetType()))
 		case first != nil:
 			first.Metric = append(first.Metric, family.GetMetric()...)
 		default:
@@ -66,7 +66,7 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 		reserved = model.BucketLabel
 	case dto.MetricType_COUNTER, dto.MetricType_GAUGE, dto.MetricType_UNTYPED:
 	default:
-		return inconsistent("family %q: Prometheus reads no %s", family.GetName(), typeName(family.GetType()))
+		return inconsistent("family %.200q: Prometheus reads no %s", family.GetName(), typeName(family.GetType()))
 	}
 	seen := make(map[string]struct{}, len(family.GetMetric()))
 	var key []byte
@@ -92,7 +92,7 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 			seen[string(key)] = struct{}{}
 		}
 		if fault != "" {
-			return inconsistent("family %q, series %s: %s", family.GetName(), seriesName(m.GetLabel()), fault)
+			return inconsistent("family %.200q, series %s: %s", family.GetName(), seriesName(m.GetLabel()), fault)
 		}
 	}
 	return nil
@@ -158,13 +158,13 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 	for _, l := range m.GetLabel() {
 		switch {
 		case slices.Contains(replaced, l.GetName()):
-			return fmt.Sprintf("the label %q comes twice", l.GetName())
+			return fmt.Sprintf("the label %.200q comes twice", l.GetName())
 		case isSet(l.GetName()): // That of the key replaces it.
 			replaced = append(replaced, l.GetName())
 		case !validLabel(l.GetName()):
-			return fmt.Sprintf("%q is no name of a label", l.GetName())
+			return fmt.Sprintf("%.200q is no name of a label", l.GetName())
 		case !utf8.ValidString(l.GetValue()):
-			return fmt.Sprintf("the value of the label %q is not UTF-8", l.GetName())
+			return fmt.Sprintf("the value of the label %.200q is not UTF-8", l.GetName())
 		case l.GetValue() != "":
 			labels = append(labels, l)
 		}
@@ -174,7 +174,7 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 	for i, l := range labels {
 		switch {
 		case i > 0 && labels[i-1].GetName() == l.GetName():
-			return fmt.Sprintf("the label %q comes twice", l.GetName())
+			return fmt.Sprintf("the label %.200q comes twice", l.GetName())
 		case l.GetName() == reserved:
 			return fmt.Sprintf("it must not have an explicit %q label, neither of its own nor in the grouping key", reserved)
 		case l.GetName() == model.InstanceLabel:
@@ -219,7 +219,7 @@ func collision(families []family) error {
 	}
 	for _, f := range families {
 		if base := collidesWith(f.name, byName); len(f.text) > 0 && base != "" {
-			return inconsistent("family %q: the %s %q has series of this name", f.name, typeName(byName[base]), base)
+			return inconsistent("family %.200q: the %s %.200q has series of this name", f.name, typeName(byName[base]), base)
 		}
 	}
 	return nil

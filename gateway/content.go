@@ -67,14 +67,14 @@ func render(b *bytes.Buffer, families []*dto.MetricFamily) ([]family, error) {
 	for _, f := range families {
 		if len(f.GetMetric()) > 0 { // Others have no text. An add removes with them what there was.
 			if _, err := expfmt.MetricFamilyToText(b, f); err != nil {
-				return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+				return nil, fmt.Errorf("write family %.200s: %w", f.GetName(), err)
 			}
 		}
 		one := family{name: f.GetName(), typ: f.GetType(), quoted: isQuoted(f)}
 		if isNative(f) {
 			var native bytes.Buffer
 			if _, err := protodelim.MarshalTo(&native, f); err != nil {
-				return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+				return nil, fmt.Errorf("write family %.200s: %w", f.GetName(), err)
 			}
 			one.native = native.Bytes()
 		}

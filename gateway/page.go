@@ -69,12 +69,12 @@ func (p *page) add(f family, labels []byte) {
 // clash returns why a family cannot stand beside those of other names, or nothing.
 func (p *page) clash(f family) string {
 	if base := collidesWith(f.name, p.types); base != "" {
-		return fmt.Sprintf("the %s %q of a group before has series of this name", typeName(p.types[base]), base)
+		return fmt.Sprintf("the %s %.200q of a group before has series of this name", typeName(p.types[base]), base)
 	}
 	if f.typ == dto.MetricType_SUMMARY || f.typ == dto.MetricType_HISTOGRAM {
 		for _, suffix := range suffixes {
 			if _, ok := p.types[f.name+suffix]; ok && hasSuffix(f.typ, suffix) {
-				return fmt.Sprintf("a group before has a family %q", f.name+suffix)
+				return fmt.Sprintf("a group before has a family %.200q", f.name+suffix)
 			}
 		}
 	}
@@ -84,7 +84,7 @@ func (p *page) clash(f family) string {
 func (p *page) leave(name string, labels []byte, why string) {
 	p.leftOut++
 	if len(p.left) < maxLeft {
-		p.left = append(p.left, fmt.Sprintf("# Left out: the family %q of %s: %s.\n", name, labels, why))
+		p.left = append(p.left, fmt.Sprintf("# Left out: the family %.200q of %s: %s.\n", name, labels, why))
 	}
 }
 
@@ -178,10 +178,10 @@ func (f family) parsed() (*dto.MetricFamily, error) {
 	parser := expfmt.NewTextParser(model.UTF8Validation)
 	families, err := parser.TextToMetricFamilies(bytes.NewReader(f.text))
 	if err != nil {
-		return nil, fmt.Errorf("read family %q: %w", f.name, err)
+		return nil, fmt.Errorf("read family %.200q: %w", f.name, err)
 	}
 	if families[f.name] == nil {
-		return nil, fmt.Errorf("read family %q: it is not there", f.name)
+		return nil, fmt.Errorf("read family %.200q: it is not there", f.name)
 	}
 	return families[f.name], nil
 }
@@ -194,14 +194,14 @@ func (f family) escaped(scheme model.EscapingScheme) (*dto.MetricFamily, error) 
 	}
 	escaped := model.EscapeMetricFamily(parsed, scheme)
 	if name := escaped.GetName(); name == pushTimeName || name == pushFailureTimeName {
-		return nil, fmt.Errorf("without quotes it would be called %s, which is the gateway's own", name)
+		return nil, fmt.Errorf("without quotes it would be called %.200s, which is the gateway's own", name)
 	}
 	for _, m := range escaped.GetMetric() {
 		seen := make(map[string]bool, len(m.GetLabel()))
 		for _, l := range m.GetLabel() {
 			// Either would make Prometheus refuse all of the page.
 			if name := l.GetName(); seen[name] || !validLabel(name) {
-				return nil, fmt.Errorf("without quotes a label would be called %s, which is another's name or reserved", name)
+				return nil, fmt.Errorf("without quotes a label would be called %.200s, which is another's name or reserved", name)
 			}
 			seen[l.GetName()] = true
 		}

@@ -149,7 +149,7 @@ func unpacker(encoding string, packed io.Reader) (io.Reader, error) {
 }
 
 func badEncoding(encoding string, err error) error {
-	return badBody(fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %s: %w", encoding, err))
+	return badBody(fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %.200s: %w", encoding, err))
 }
 
 // largeTurn waits until another large body may be read.
@@ -292,7 +292,7 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	}
 	for _, family := range families {
 		if family.GetType() == dto.MetricType_GAUGE_HISTOGRAM {
-			return nil, fmt.Errorf("family %q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
+			return nil, fmt.Errorf("family %.200q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
 		}
 	}
 	return families, nil

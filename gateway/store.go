@@ -293,15 +293,7 @@ func (s *Store) fail(g *group, why *Refusal) {
 	g.now.Store(&next)
 }
 
-// maxRefusal is how much is kept of why a push was refused, in bytes.
-const maxRefusal = 1000
-
-func (s *state) refuse(now time.Time, why *Refusal) {
-	s.refusedAt, s.refusal = now, why.Text
-	if len(s.refusal) > maxRefusal {
-		s.refusal = strings.ToValidUTF8(s.refusal[:maxRefusal], "") + "..."
-	}
-}
+func (s *state) refuse(now time.Time, why *Refusal) { s.refusedAt, s.refusal = now, why.Text }
 
 // Refused notes at the group of a key, where there is one, that a push was refused before
 // anybody knew what is in it. So does a Pushgateway: push_failure_time_seconds does not tell it.
@@ -447,10 +439,19 @@ var (
 	unescapeValue = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\n`, "\n")
 )
 
-// asRefusal returns err as what a client is told.
+// maxRefusal is the maximum length of the text of a refusal, in bytes. A text can quote what was
+// pushed.
+const maxRefusal = 1000
+
+// asRefusal returns err as what a client is told, with a text that is not too long to be answered,
+// logged and kept.
 func asRefusal(err error) *Refusal {
-	if r, ok := errors.AsType[*Refusal](err); ok {
-		return r
+	r := Refusal{Status: http.StatusBadRequest, Reason: reasonBody, Text: err.Error()}
+	if refusal, ok := errors.AsType[*Refusal](err); ok {
+		r = *refusal
 	}
-	return &Refusal{Status: http.StatusBadRequest, Reason: reasonBody, Text: err.Error()}
+	if len(r.Text) > maxRefusal {
+		r.Text = strings.ToValidUTF8(r.Text[:maxRefusal], "") + "..."
+	}
+	return &r
 }

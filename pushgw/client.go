@@ -121,7 +121,7 @@ func (c *Client) send(req *http.Request) (*http.Response, error) {
 	op := operation(req.Method)
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), timedOut(req.Context(), err))
+		return nil, fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), safeurl.CutError(timedOut(req.Context(), err)))
 	}
 	// A Pushgateway answers 200, or 202 when it does not check; other receivers 204.
 	if resp.StatusCode/100 == 2 {
@@ -174,17 +174,10 @@ type StatusError struct {
 	RetryAfter time.Duration
 }
 
-// maxShown is how much of a message an error shows, in bytes: a line of a log.
-const maxShown = 300
-
 func (e *StatusError) Error() string {
 	s := fmt.Sprintf("%s %s: unexpected status %d", e.Op, e.URL, e.Code)
 	if e.Message != "" {
-		message := safeurl.Line(e.Message)
-		if len(message) > maxShown {
-			message = strings.ToValidUTF8(message[:maxShown], "") + "..."
-		}
-		s += ": " + message
+		s += ": " + safeurl.Cut(safeurl.Line(e.Message))
 	}
 	return s
 }

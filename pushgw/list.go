@@ -59,7 +59,7 @@ type FormatError struct {
 }
 
 func (e *FormatError) Error() string {
-	return fmt.Sprintf("get %s: the answer is not a Pushgateway's: %v", e.URL, e.Err)
+	return fmt.Sprintf("get %s: the answer is not a Pushgateway's: %v", e.URL, safeurl.CutError(e.Err))
 }
 
 func (e *FormatError) Unwrap() error { return e.Err }
