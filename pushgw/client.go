@@ -177,7 +177,7 @@ type StatusError struct {
 func (e *StatusError) Error() string {
 	s := fmt.Sprintf("%s %s: unexpected status %d", e.Op, e.URL, e.Code)
 	if e.Message != "" {
-		s += ": " + safeurl.Cut(safeurl.Line(e.Message))
+		s += ": " + safeurl.Line(e.Message)
 	}
 	return s
 }

@@ -25,6 +25,17 @@ func TestCut(t *testing.T) {
 	}
 }
 
+func TestLineIsCut(t *testing.T) {
+	got := safeurl.Line(strings.Repeat("x", 1<<20) + " Bearer secret")
+	if len(got) != safeurl.MaxShown+len("...") {
+		t.Errorf("a line of %d bytes", len(got))
+	}
+	got = safeurl.Line(strings.Repeat("x", safeurl.MaxShown-10) + " Bearer secret")
+	if strings.Contains(got, "sec") {
+		t.Errorf("the credential is shown: %s", got)
+	}
+}
+
 func TestCutError(t *testing.T) {
 	if err := safeurl.CutError(nil); err != nil {
 		t.Errorf("nil became %v", err)
