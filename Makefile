@@ -10,6 +10,7 @@ BIN   := $(TOOLS)/bin
 # The version in a tool's file name is its stamp: a new version is a new file.
 GOTESTSUM     := $(BIN)/gotestsum-v1.13.0
 GOLANGCI_LINT := $(BIN)/golangci-lint-v2.15.0
+GOVULNCHECK   := $(BIN)/govulncheck-v1.9.0
 NODE_EXPORTER := $(BIN)/node_exporter-v1.12.1
 EXPORTER      := $(if $(NODE_EXPORTER_BIN),,$(NODE_EXPORTER))
 
@@ -26,7 +27,7 @@ LDFLAGS   = -s -w -X $X.Version=$(VERSION) -X $X.Revision=$(REVISION) -X $X.Bran
 RACE = $(shell printf '\043include <stdlib.h>\nint main(void) { return 0; }\n' | $$(go env CC) -x c -o /dev/null - 2>/dev/null && echo -race)
 
 .DEFAULT_GOAL := help
-.PHONY: build test e2e browser lint fmt docs bench demo image tools clean help
+.PHONY: build test e2e upgrade browser lint vulndb fmt docs bench demo image tools clean help
 
 build: ## build ./promferry, one static binary
 	CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '$(LDFLAGS)' -o promferry ./cmd/promferry
@@ -38,11 +39,22 @@ e2e: $(GOTESTSUM) tools ## end-to-end tests against real Prometheus, Pushgateway
 	@tools/programs.sh $(TOOLS) nginx
 	$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m ./e2e/...
 
+# The version whose state directories and peers this one has to get along with.
+PREVIOUS := ad8335220f2d706a40cad7b8c4b2a5ed17a4640d
+MIXED    := ^Test(Forward|OnStop|Once|TypeClash|Batch.*|PushContract|Owner.*|NodeCut.*|Expire(AgentStops|GatewayRestart|Forgets|Once)|GatewayWithPrometheus|GatewayRestart|GatewayPair|Pull.*)$$
+
+upgrade: $(GOTESTSUM) tools ## nodes of the previous version with hubs of this one, and the other way round
+	@tools/previous.sh $(PREVIOUS) $(BIN)/promferry-$(PREVIOUS)
+	for old in agent,run,record,push,delete,flush proxy,gateway,expire; do \
+		OLD_BIN=$(BIN)/promferry-$(PREVIOUS) OLD_COMMANDS=$$old \
+		$(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 20m -run '$(MIXED)' ./e2e || exit; \
+	done
+
 browser: $(GOTESTSUM) ## the web pages in a real Chromium; SCREENSHOTS=dir keeps what they look like
 	@tools/programs.sh $(TOOLS) chromium
 	cd e2e/browser && $(GOTESTSUM) --format testname -- -tags e2e -count=1 -timeout 5m ./...
 
-lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, promtool, go.mod tidy
+lint: $(GOLANGCI_LINT) $(GOVULNCHECK) ## go vet, golangci-lint, govulncheck, shellcheck, promtool, go.mod tidy
 	@tools/programs.sh $(TOOLS) shellcheck promtool
 	PATH="$(BIN):$$PATH" shellcheck .ci/run $$(find . -name '*.sh' -not -path './.tools/*')
 	PATH="$(BIN):$$PATH"; promtool=$${PROMTOOL_BIN:-promtool}; \
@@ -52,6 +64,11 @@ lint: $(GOLANGCI_LINT) ## go vet, golangci-lint, shellcheck, promtool, go.mod ti
 	cd e2e/browser && go mod tidy -diff && go vet -tags e2e ./... && $(GOLANGCI_LINT) run
 	$(GOLANGCI_LINT) config verify
 	$(GOLANGCI_LINT) run
+	cd tools/vulndb && go mod download golang.org/x/vulndb
+	$(GOVULNCHECK) -db "file://$$(cd tools/vulndb && go list -m -f '{{.Dir}}' golang.org/x/vulndb)/data/osv" ./...
+
+vulndb: ## check against the newest database of known vulnerabilities from now on
+	cd tools/vulndb && go get golang.org/x/vulndb@latest
 
 fmt: $(GOLANGCI_LINT) ## format the Go code
 	$(GOLANGCI_LINT) fmt
@@ -84,6 +101,9 @@ $(GOTESTSUM):
 
 $(GOLANGCI_LINT):
 	@tools/go-install.sh github.com/golangci/golangci-lint/v2/cmd/golangci-lint v2.15.0 $@
+
+$(GOVULNCHECK):
+	@tools/go-install.sh golang.org/x/vuln/cmd/govulncheck v1.9.0 $@
 
 # Tests look for the plain name. Debian's older one does where this one cannot be built.
 $(NODE_EXPORTER):

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"strings"
 	"time"
 
@@ -94,13 +95,29 @@ func (j *Jobs) read(name string) (countFile, error) {
 	return file, nil
 }
 
-// Lock takes the lock of a group's runs. It does not wait: see lockfile.AcquireFile.
+// locksDir has root's locks in a directory that another user owns.
+const locksDir = "locks"
+
+// Lock takes the lock of a group's runs. It does not wait: see lockfile.AcquireIn. Root's
+// locks are in a directory that only root can write to: whoever owns the state directory
+// could hold them, or forge the PID of a run in them, and so stop root's jobs. The error may
+// come beside a lock.
 func (j *Jobs) Lock(key pushgw.GroupingKey) (*lockfile.Lock, error) {
-	f, err := j.dir.OpenLock(fileName(key) + ".lock")
-	if err != nil {
-		return nil, err
+	dir := j.dir
+	var moved error
+	if os.Geteuid() == 0 && !dir.Trusted() {
+		private, away, err := dir.Private(locksDir)
+		if away != "" {
+			moved = fmt.Errorf("%s belonged to another user, is now %s, and can be removed; a run whose lock is there does not count as going on", dir.Path(locksDir), away)
+		}
+		if err != nil {
+			return nil, errors.Join(moved, err)
+		}
+		defer func() { _ = private.Close() }()
+		dir = private
 	}
-	return lockfile.AcquireFile(f)
+	lock, err := lockfile.AcquireIn(dir, fileName(key)+".lock")
+	return lock, errors.Join(moved, err)
 }
 
 // maxShownName is up to how many bytes of a job's name stand in the name of its files.

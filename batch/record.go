@@ -18,6 +18,8 @@ type Unit struct {
 	Job
 	// Name is the unit's.
 	Name string
+	// Systemctl is the path of systemctl: absolute, for the PATH is the unit's.
+	Systemctl string
 	// ServiceResult is $SERVICE_RESULT.
 	ServiceResult string
 	// ExitCode and ExitStatus are $EXIT_CODE and $EXIT_STATUS, both empty when the main
@@ -48,7 +50,7 @@ func (u *Unit) Record(ctx context.Context) {
 	case "timeout":
 		r.Outcome, r.Status = Timeout, statusTimeout
 	}
-	shown, err := show(ctx, u.Name)
+	shown, err := u.show(ctx)
 	if err != nil {
 		u.Warn(fmt.Errorf("%w; start, duration, CPU time and memory are left out", err))
 	}
@@ -103,9 +105,9 @@ type properties map[string]string
 
 const systemctlTimeout = 5 * time.Second
 
-// show asks systemd about a unit. Versions before 248 do not know --timestamp; they tell
+// show asks systemd about the unit. Versions before 248 do not know --timestamp; they tell
 // whole seconds.
-func show(ctx context.Context, unit string) (properties, error) {
+func (u *Unit) show(ctx context.Context) (properties, error) {
 	ctx, cancel := context.WithTimeout(ctx, systemctlTimeout)
 	defer cancel()
 	args := []string{
@@ -113,12 +115,12 @@ func show(ctx context.Context, unit string) (properties, error) {
 			"ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,InactiveExitTimestamp,InactiveExitTimestampMonotonic," +
 			"CPUUsageNSec,MemoryPeak,TimeoutStopUSec",
 	}
-	out, err := systemctl(ctx, append(args, "--timestamp=us+utc", "--", unit))
+	out, err := u.systemctl(ctx, append(args, "--timestamp=us+utc", "--", u.Name))
 	if err != nil {
-		out, err = systemctl(ctx, append(args, "--", unit))
+		out, err = u.systemctl(ctx, append(args, "--", u.Name))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("systemctl show %s: %w", unit, err)
+		return nil, fmt.Errorf("systemctl show %s: %w", u.Name, err)
 	}
 	p := make(properties)
 	for line := range strings.Lines(out) {
@@ -129,13 +131,10 @@ func show(ctx context.Context, unit string) (properties, error) {
 	return p, nil
 }
 
-func systemctl(ctx context.Context, args []string) (string, error) {
-	path, err := exec.LookPath("systemctl")
-	if err != nil { // The PATH is the unit's.
-		path = "/usr/bin/systemctl"
-	}
-	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // The unit comes from systemd, behind a --.
-	cmd.Env = append(cmd.Environ(), "TZ=UTC", "LC_ALL=C")
+func (u *Unit) systemctl(ctx context.Context, args []string) (string, error) {
+	cmd := exec.CommandContext(ctx, u.Systemctl, args...) //nolint:gosec // The unit comes from systemd, behind a --.
+	// Nothing of the unit's environment, LD_PRELOAD for example.
+	cmd.Env = []string{"PATH=/usr/bin:/bin", "TZ=UTC", "LC_ALL=C"}
 	out, err := cmd.Output()
 	if ee, ok := errors.AsType[*exec.ExitError](err); ok && len(ee.Stderr) > 0 {
 		err = errors.New(strings.Join(strings.Fields(string(ee.Stderr)), " "))

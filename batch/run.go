@@ -78,10 +78,12 @@ func (r *Run) Run(ctx context.Context) int {
 			return StatusSkipped
 		}
 		if err != nil {
-			r.Warn(fmt.Errorf("%w; nothing keeps a second run from overlapping with this one", err))
-		} else {
-			return r.run(ctx, lock)
+			r.Warn(err)
 		}
+		if lock == nil {
+			r.Warn(errors.New("without a lock, nothing keeps a second run from overlapping with this one"))
+		}
+		return r.run(ctx, lock)
 	}
 	return r.run(ctx, nil)
 }
@@ -183,7 +185,10 @@ func (r *Run) startPush(ctx context.Context, at time.Time, begin *beginning) {
 	begin.pushed.Go(func() {
 		families := started(at)
 		if r.Textfile != "" {
-			_ = writeTextfile(ctx, r.Textfile, r.Key, families) // What is wrong comes again at the end.
+			// At the end other errors come again, but by then the file is ours.
+			if err := writeTextfile(ctx, r.Textfile, r.Key, families); errors.Is(err, errNotOurs) {
+				r.Warn(fmt.Errorf("textfile: %w", err))
+			}
 		}
 		push, err := r.add(at, families)
 		if err != nil {

@@ -503,7 +503,7 @@ func TestAuth(t *testing.T) {
 		"--instance=web-1", "--push.target=node=" + exporterURL, "--push.url=" + gatewayURL,
 		"--scrape.http-config=" + write(t, "scrape.yml", scrapeConfig), "--push.http-config=" + write(t, "push.yml", pushConfig),
 	}
-	a := startAgent(t, append(flags, "--log.level=debug")...)
+	a := startAgent(t, append(flags, "--log.level=debug", "--web.enable-lifecycle")...)
 	silent := func(t *testing.T, what, text string) {
 		t.Helper()
 		for _, secret := range []string{

@@ -140,7 +140,11 @@ var acceptedPort = regexp.MustCompile(`sin6?_port=htons\((\d+)\)`)
 func readTrace(t *testing.T, calls []*call, dir string) *trace {
 	t.Helper()
 	tr := &trace{answers: make(map[int][]int)}
-	files, dirs, ports := make(map[string]bool), make(map[string]bool), make(map[string]int)
+	paths, ports := make(map[string]string), make(map[string]int) // by file descriptor
+	isFile := func(fd string) bool {
+		path := paths[fd]
+		return path == filepath.Join(dir, "groups.db") || path == filepath.Join(dir, "groups.db.new")
+	}
 	number := func(s string) int64 {
 		n, err := strconv.ParseInt(s, 0, 64)
 		if err != nil {
@@ -152,7 +156,7 @@ func readTrace(t *testing.T, calls []*call, dir string) *trace {
 		tr.end = max(tr.end, c.begin+1, c.end+1)
 		args, text := c.arguments(t)
 		failed := strings.HasPrefix(c.result, "-")
-		ours := files[args[0]]
+		ours := c.name != "openat" && isFile(args[0])
 		if ours && failed && c.name != "close" {
 			t.Fatalf("%s failed: %s", c.name, c.result)
 		}
@@ -160,18 +164,20 @@ func readTrace(t *testing.T, calls []*call, dir string) *trace {
 		case "openat":
 			if !failed {
 				path := string(text)
-				files[c.result] = path == filepath.Join(dir, "groups.db") || path == filepath.Join(dir, "groups.db.new")
-				dirs[c.result] = path == dir
+				if !filepath.IsAbs(path) { // In the directory that is open as args[0].
+					path = filepath.Join(paths[args[0]], path)
+				}
+				paths[c.result] = path
 				delete(ports, c.result)
 			}
 		case "accept4":
 			if m := acceptedPort.FindStringSubmatch(c.args); m != nil && !failed {
 				port, _ := strconv.Atoi(m[1])
-				ports[c.result], files[c.result], dirs[c.result] = port, false, false
+				ports[c.result] = port
+				delete(paths, c.result)
 			}
 		case "close":
-			delete(files, args[0])
-			delete(dirs, args[0])
+			delete(paths, args[0])
 			delete(ports, args[0])
 		case "renameat", "renameat2", "rename":
 			if strings.Contains(c.args, `"`) {
@@ -192,7 +198,7 @@ func readTrace(t *testing.T, calls []*call, dir string) *trace {
 			if ours {
 				tr.syncs = append(tr.syncs, *c)
 			}
-			if dirs[args[0]] && tr.renamed != nil && c.begin > tr.renamed.end && tr.named == 0 && !failed {
+			if paths[args[0]] == dir && tr.renamed != nil && c.begin > tr.renamed.end && tr.named == 0 && !failed {
 				tr.named = c.end
 			}
 		case "write", "writev", "sendto":

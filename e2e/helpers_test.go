@@ -242,14 +242,12 @@ func exactly(value float64) func(float64) bool { return func(v float64) bool { r
 // reload makes the agent read its files again.
 func (a *agent) reload(t *testing.T) {
 	t.Helper()
-	resp, err := http.Post(a.URL+"/-/reload", "", nil)
-	if err != nil {
+	const reloads = "promferry_agent_reloads_total"
+	before := a.mustSum(t, reloads, "outcome", "success")
+	if err := a.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("reload: status %d", resp.StatusCode)
-	}
+	a.waitSum(t, above(before), reloads, "outcome", "success")
 }
 
 func startExporter(t *testing.T, flags ...string) *real.Server {

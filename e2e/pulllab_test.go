@@ -38,6 +38,7 @@ const (
 const discovered = `
 - job_name: promferry
   proxy_url: http://` + proxyAddr + `
+  follow_redirects: false
   http_sd_configs: [{url: http://` + proxyAddr + `/sd, refresh_interval: 1s}]
 `
 

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/promferry/promferry/e2e/real"
+	"github.com/promferry/promferry/internal/envfile"
 )
 
 // TestRecord runs foreign units to their end under a booted systemd, each with the drop-in
@@ -39,6 +41,9 @@ func TestRecord(t *testing.T) {
 	t.Run("gateway down", n.gatewayDown)
 	t.Run("gateway hangs", n.gatewayHangs)
 	t.Run("no network", n.noNetwork)
+	t.Run("environment", n.environment)
+	t.Run("drop-in of before", n.formerDropIn)
+	t.Run("environment file", n.environmentFile)
 	t.Run("all services", n.allServices)
 }
 
@@ -685,8 +690,10 @@ func (n batchNode) gatewayDown(t *testing.T) {
 // gatewayHangs has a Pushgateway that accepts connections and never answers. For systemd
 // the drop-in's "-" is no excuse for taking longer than TimeoutStopSec=.
 func (n batchNode) gatewayHangs(t *testing.T) {
-	n.unit(t, "hangs.service", "Type=oneshot", "Environment=PROMFERRY_PUSH_TIMEOUT=1s", "ExecStart=/bin/true")
-	n.unit(t, "hangs-bad.service", "Type=oneshot", "Environment=PROMFERRY_PUSH_TIMEOUT=1s", "ExecStart=/bin/sh -c 'exit 7'")
+	for unit, command := range map[string]string{"hangs.service": "/bin/true", "hangs-bad.service": "/bin/sh -c 'exit 7'"} {
+		n.unit(t, unit, "Type=oneshot", "ExecStart="+command)
+		n.WriteFile(t, unitDir+unit+".d/"+recordDropIn, []byte("[Service]\nExecStopPost=-+/usr/bin/promferry record --push.timeout=1s %n\n"), 0o644)
+	}
 	n.unit(t, "hurries.service", "Type=oneshot", "TimeoutStopSec=3", "ExecStart=/bin/true")
 	n.MustRun(t, "systemctl", "daemon-reload")
 	units := map[string]recorded{
@@ -723,6 +730,92 @@ func (n batchNode) noNetwork(t *testing.T) {
 	n.noJobGroup(t, "no-network")
 	n.deliverKept(t)
 	checkRecorded(t, n.mustJobGroup(t, "no-network"), e, recorded{"success/exited/0", "success", 0, 1})
+}
+
+// environment has units whose environment would lead root elsewhere.
+func (n batchNode) environment(t *testing.T) {
+	const planted = "/var/tmp/planted"
+	n.MustRun(t, "install", "--directory", "--owner=nobody", "--group=nogroup", planted)
+	n.WriteFile(t, planted+"/systemctl", []byte("#!/bin/sh\nid -u >"+planted+"/ran\n"), 0o755)
+	n.loadUnit(t, "environment.service", "Type=oneshot", "User=nobody", "ExecStart=/bin/true",
+		"Environment=PATH="+planted+":/usr/bin:/bin LD_PRELOAD="+planted+"/evil.so SYSTEMD_PAGER="+planted+"/systemctl",
+		"Environment=PROMFERRY_PUSH_URLS=http://127.0.0.1:1 PROMFERRY_PUSH_HTTP_CONFIG="+planted+"/http.yml",
+		"Environment=PROMFERRY_STATE_DIR="+planted+"/state PROMFERRY_TEXTFILE="+planted+" PROMFERRY_JOB=other PROMFERRY_INSTANCE=other",
+		"Environment=HTTP_PROXY=http://127.0.0.1:1 XDG_STATE_HOME="+planted+" HOME="+planted+" TMPDIR="+planted+" SSL_CERT_FILE="+planted+"/ca")
+	e := n.end(t, "environment.service")
+	checkRecorded(t, n.mustJobGroup(t, "environment"), e, recorded{"success/exited/0", "success", 0, 0})
+	n.noJobGroup(t, "other")
+	n.checkKept(t, agentOutbox, 0, 0)
+	files, err := os.ReadDir(n.Path(planted))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) != 1 || files[0].Name() != "systemctl" {
+		t.Errorf("%s has %v, want only what was planted", planted, files)
+	}
+	out := n.MustRun(t, "journalctl", "--no-pager", "--output=cat", "--unit=environment.service", "--identifier=promferry")
+	if !strings.Contains(out, "ignored in the unit's environment: PROMFERRY_INSTANCE, PROMFERRY_JOB, ") {
+		t.Errorf("the journal does not name what was ignored:\n%s", out)
+	}
+}
+
+// formerDropIn has the drop-in that was shipped before: it reads the agent's settings by
+// EnvironmentFile=.
+func (n batchNode) formerDropIn(t *testing.T) {
+	const unit = "former.service"
+	n.unit(t, unit, "Type=oneshot", "ExecStart=/bin/true")
+	n.WriteFile(t, unitDir+unit+".d/"+recordDropIn,
+		[]byte("[Service]\nEnvironmentFile=-/etc/default/promferry-agent\nExecStopPost=-+/usr/bin/promferry record %n\n"), 0o644)
+	n.MustRun(t, "systemctl", "daemon-reload")
+	e := n.end(t, unit)
+	checkRecorded(t, n.mustJobGroup(t, "former"), e, recorded{"success/exited/0", "success", 0, 0})
+	if out := n.MustRun(t, "journalctl", "--no-pager", "--output=cat", "--unit="+unit, "--identifier=promferry"); strings.TrimSpace(out) != "" {
+		t.Errorf("promferry said:\n%s", out)
+	}
+}
+
+// environmentFile has systemd itself read made-up files as EnvironmentFile=, which record reads
+// on its own.
+func (n batchNode) environmentFile(t *testing.T) {
+	const (
+		unit = "environment-file.service"
+		file = "/etc/default/made-up"
+		dump = "/run/witness/environ"
+	)
+	n.WriteFile(t, unitDir+unit, []byte("[Service]\nType=oneshot\nEnvironmentFile="+file+"\nExecStart=/bin/cp /proc/self/environ "+dump+"\n"), 0o644)
+	n.MustRun(t, "systemctl", "daemon-reload")
+	const seed = 1
+	random := rand.New(rand.NewPCG(seed, seed))
+	tokens := []string{"\nA=", "\nB1=", "\n_C=", "\n A =", "A=", "=", "\n", " ", "\t", "#", ";", `"`, "'", `\`, "$", "`", "x", "y z", "export ", "1", "\\\n", `\"`, "\r\n"}
+	variables := 0
+	for range 200 {
+		var b strings.Builder
+		for range 1 + random.IntN(40) {
+			b.WriteString(tokens[random.IntN(len(tokens))])
+		}
+		n.WriteFile(t, file, []byte(b.String()), 0o644)
+		n.MustRun(t, "systemctl", "start", unit)
+		environ, err := os.ReadFile(n.Path(dump))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := make(map[string]string)
+		for variable := range strings.SplitSeq(string(environ), "\x00") {
+			name, value, ok := strings.Cut(variable, "=")
+			if ok && slices.Contains([]string{"A", "B1", "_C", "x"}, name) {
+				want[name] = value
+				variables++
+			}
+		}
+		got := envfile.Parse(b.String())
+		maps.DeleteFunc(got, func(name, _ string) bool { return !slices.Contains([]string{"A", "B1", "_C", "x"}, name) })
+		if !maps.Equal(got, want) {
+			t.Errorf("%q: got %q, systemd %q", b.String(), got, want)
+		}
+	}
+	if variables < 300 {
+		t.Errorf("only %d variables in all: the files are no test", variables)
+	}
 }
 
 // allServices has the drop-in at the top level, where it is for promferry's own units too.

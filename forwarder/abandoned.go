@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"net/url"
 	"slices"
 	"sync"
@@ -28,7 +29,10 @@ type cleaner struct {
 	// url is the Pushgateway's in the ledger.
 	url     string
 	gateway Gateway
-	left    []pushgw.GroupingKey
+	// former tells that it is not configured, so that it gets no credentials, unless another
+	// one at the same server is.
+	former bool
+	left   []pushgw.GroupingKey
 	// told is the reason of the last failure that was logged.
 	told string
 }
@@ -59,7 +63,7 @@ func (f *Forwarder) cleaners() []*cleaner {
 		} else {
 			u, _ := url.Parse(at) // The ledger has URLs only.
 			u.RawQuery = ""       // Where there was one, it is not known.
-			c.gateway = f.cfg.GatewayAt(u)
+			c.gateway, c.former = f.cfg.GatewayAt(u), true
 		}
 		f.metrics.abandoned.Add(float64(len(c.left)))
 		cleaners = append(cleaners, c)
@@ -135,13 +139,25 @@ func (c *cleaner) delete(ctx context.Context, key pushgw.GroupingKey) error {
 		f.metrics.deletions.WithLabelValues(outcomeFailure).Inc()
 		// It may go on for ever: a line for each try would fill the log of a node whose
 		// Pushgateway was moved.
-		if reason := putReason(err); reason != c.told {
+		reason := putReason(err)
+		endIt := "if that Pushgateway is gone for good, take it out of " + f.cfg.Ledger.Path() + " while the agent is stopped"
+		if c.former && unauthorized(err) {
+			reason = "unauthorized"
+			endIt = "credentials are sent to the Pushgateways of --push.url only: run the agent once with this one as --push.url and with --push.on-stop=delete, " +
+				"or delete the group with promferry delete and take that Pushgateway out of " + f.cfg.Ledger.Path() + " while the agent is stopped"
+		}
+		if reason != c.told {
 			c.told = reason
-			logger.WarnContext(ctx, "Abandoned group not deleted, it will be tried until it is", "err", err,
-				"end_it", "if that Pushgateway is gone for good, take it out of "+f.cfg.Ledger.Path()+" while the agent is stopped")
+			logger.WarnContext(ctx, "Abandoned group not deleted, it will be tried until it is", "err", err, "end_it", endIt)
 		}
 	}
 	return err
+}
+
+// unauthorized tells whether err says that credentials are missing.
+func unauthorized(err error) bool {
+	se, ok := errors.AsType[*pushgw.StatusError](err)
+	return ok && (se.Code == http.StatusUnauthorized || se.Code == http.StatusForbidden)
 }
 
 // cleanOnce tries each group that is no longer configured once. All of that has PushTimeout.

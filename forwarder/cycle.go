@@ -81,6 +81,9 @@ func (f *Forwarder) scrape(ctx context.Context, t *pushTarget) *contents {
 			case scrapeCtx.Err() != nil:
 				reason, err = target.ReasonTimeout, errors.New("timed out while it was read")
 			}
+			if f.cfg.Shown != nil {
+				err = errors.New(f.cfg.Shown(t.URL, err.Error()))
+			}
 			err = &target.ScrapeError{Reason: reason, URL: safeurl.String(t.URL), Err: err}
 		}
 	}

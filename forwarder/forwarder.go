@@ -57,6 +57,9 @@ type Config struct {
 	Gateways []Gateway
 	// Scraper reads the targets.
 	Scraper Scraper
+	// Shown returns the begin of a text that quotes what the target at u answered, without
+	// what must not be shown of that; nil shows it as it is.
+	Shown func(u *url.URL, text string) string
 	// Instance is the instance label of each group.
 	Instance string
 	// Labels are further labels of each group's grouping key; nil means none.
@@ -82,7 +85,8 @@ type Config struct {
 	// are deleted; nil remembers none.
 	Ledger *Ledger
 	// GatewayAt returns the Pushgateway at a URL of the ledger, which is not configured any
-	// more. It is needed with a Ledger.
+	// more. It is needed with a Ledger. Credentials are for what is configured: it must send
+	// them to no other server.
 	GatewayAt func(*url.URL) Gateway
 	// Version is this program's, for promferry_info.
 	Version string

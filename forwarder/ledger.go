@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 
 	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/pushgw"
@@ -155,15 +154,20 @@ func (l *Ledger) peek() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	read, err := l.read(func(name string) (*os.File, error) {
-		// It waits for nothing, should something else than a file be there.
-		f, err := os.OpenFile(filepath.Join(l.path, name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
-		if errors.Is(err, fs.ErrPermission) {
-			err = fmt.Errorf("%w: run it as root, or as the agent's user, to see what would be deleted", err)
+	dir, err := statedir.OpenExisting(l.path)
+	if err == nil {
+		defer func() { _ = dir.Close() }()
+		if err := dir.CheckVersion(); err != nil {
+			return err
 		}
-		return f, err
-	})
-	l.groups = read
+		l.groups, err = l.read(dir.OpenFile)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		err = fmt.Errorf("%w: run it as root, or as the agent's user, to see what would be deleted", err)
+	}
 	return err
 }
 

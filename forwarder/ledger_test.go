@@ -276,7 +276,7 @@ func TestAbandonedOnAPushgatewayThatIsAway(t *testing.T) {
 		}
 		forward(t, owned(t, h, dir, "http://new"), time.Hour)
 
-		fail(&pushgw.StatusError{Code: 401})
+		fail(&pushgw.StatusError{Code: 500})
 		restarted := time.Now()
 		s := owned(t, h, dir, "http://new")
 		f, err := forwarder.New(s.Config)
@@ -319,7 +319,7 @@ func TestAbandonedOnAPushgatewayThatIsAway(t *testing.T) {
 		if !slices.Contains(at, restarted.Sub(h.begin).Seconds()) {
 			t.Errorf("no try at the restart: %v", at)
 		}
-		// 401 and 503 are one reason.
+		// 500 and 503 are one reason.
 		if n := strings.Count(s.log.String(), "Abandoned group not deleted"); n != 1 {
 			t.Errorf("%d lines of log for one fault that went on: %s", n, s.log)
 		}
@@ -377,6 +377,42 @@ func TestPushgatewayThatWasNeverReached(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestFormerPushgatewayThatWantsCredentials is away for an hour, and then refuses: what to do is
+// told once, and the group stays in the ledger.
+func TestFormerPushgatewayThatWantsCredentials(t *testing.T) {
+	for _, code := range []int{401, 403} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, h := t.TempDir(), newHubs()
+			forward(t, owned(t, h, dir, "http://old"), time.Second)
+			begin := time.Now()
+			h.answer = func(_ context.Context, _, u string) error {
+				switch {
+				case u != "http://old":
+					return nil
+				case time.Since(begin) < time.Hour:
+					return &pushgw.StatusError{Code: 503}
+				}
+				return &pushgw.StatusError{Code: code}
+			}
+			s := owned(t, h, dir, "http://new")
+			forward(t, s, 3*time.Hour)
+			log := s.log.String()
+			if n := strings.Count(log, "Abandoned group not deleted"); n != 2 {
+				t.Errorf("%d: %d lines of log, want one for each fault: %s", code, n, log)
+			}
+			if n := strings.Count(log, "run the agent once with this one as --push.url and with --push.on-stop=delete"); n != 1 {
+				t.Errorf("%d: told %d times what to do: %s", code, n, log)
+			}
+			if n := s.metric(t, "promferry_forwarder_abandoned_groups"); n != 1 {
+				t.Errorf("%d: %v groups are left to be deleted", code, n)
+			}
+			if b, err := os.ReadFile(filepath.Join(dir, "groups.json")); err != nil || !strings.Contains(string(b), "http://old") {
+				t.Errorf("%d: the ledger has %s, %v", code, b, err)
+			}
+		})
 	}
 }
 
@@ -595,7 +631,7 @@ func TestLedgerThatCannotBeWritten(t *testing.T) {
 			t.Errorf("log %s", s.log)
 		}
 		entries, err := os.ReadDir(dir)
-		if err != nil || len(entries) != 1 {
+		if err != nil || len(entries) != 2 || entries[0].Name() != "groups.json" || entries[1].Name() != "version" {
 			t.Errorf("left in the directory: %v, %v", entries, err)
 		}
 	})

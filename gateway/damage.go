@@ -33,15 +33,10 @@ const (
 
 var order = binary.NativeEndian
 
-// checkFile tells whether bbolt can walk through the file at path. bbolt believes what it reads,
-// and from pages that are damaged it takes addresses: that ends the process, in ways that nobody
-// can recover from. The error does not name the file, but for one of reading it.
-func checkFile(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = f.Close() }()
+// checkFile tells whether bbolt can walk through a file. bbolt believes what it reads, and
+// from pages that are damaged it takes addresses: that ends the process, in ways that nobody
+// can recover from.
+func checkFile(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
 		return err

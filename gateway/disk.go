@@ -14,12 +14,14 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/promferry/promferry/internal/statedir"
 )
 
 // disk keeps records by number in a file of bbolt. It is safe for concurrent use.
 type disk struct {
 	path    string
-	info    os.FileInfo // of the file that is open
+	info    fs.FileInfo // of the file that is open
 	db      *bolt.DB
 	metrics *diskMetrics
 	// step is called before and after each write. Tests end the process there.
@@ -58,31 +60,42 @@ func openDisk(path string, r prometheus.Registerer) (_ *disk, err error) {
 			err = damaged(path, p)
 		}
 	}()
-	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		if err := makeFile(path); err != nil {
+	dir, err := statedir.OpenExisting(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = dir.Close() }()
+	name := filepath.Base(path)
+	if !dir.Has(name) {
+		if err := makeFile(dir, name); err != nil {
 			return nil, fmt.Errorf("make %s: %w; mend that, or name another directory (--state.dir)", path, err)
 		}
 	}
 	// The name has to outlive a power failure as well, also if who made it was killed here.
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	if err := dir.Sync(); err != nil {
 		return nil, err
 	}
-	if err := checkFile(path); err != nil {
+	file, err := dir.OpenRW(name)
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	if err == nil {
+		err = checkFile(file)
+	}
+	if err != nil {
+		_ = file.Close()
 		if d, ok := errors.AsType[*damageError](err); ok {
 			return nil, damaged(path, d)
 		}
 		return nil, err
 	}
-	db, err := bolt.Open(path, 0o600, boltOptions)
+	db, err := openBolt(file)
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return nil, fmt.Errorf("open %s: another process has it open", path)
 	case err != nil:
 		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, errors.Join(err, db.Close())
 	}
 	d := &disk{path: path, info: info, db: db, metrics: newDiskMetrics(r), next: newBatch(), step: func(string) {}}
 	err = db.View(func(tx *bolt.Tx) error {
@@ -94,36 +107,37 @@ func openDisk(path string, r prometheus.Registerer) (_ *disk, err error) {
 	return d, err
 }
 
-// What is free is found out when the file is opened: then a write needs not tell it.
-var boltOptions = &bolt.Options{Timeout: lockTime, NoFreelistSync: true, FreelistType: bolt.FreelistMapType}
+// openBolt opens a file that is open, so that no other one can be in its place by now. It
+// closes the file also on an error.
+func openBolt(file *os.File) (*bolt.DB, error) {
+	// What is free is found out when the file is opened: then a write needs not tell it.
+	options := &bolt.Options{Timeout: lockTime, NoFreelistSync: true, FreelistType: bolt.FreelistMapType}
+	options.OpenFile = func(string, int, os.FileMode) (*os.File, error) { return file, nil }
+	return bolt.Open(file.Name(), 0, options)
+}
 
 // makeFile makes an empty file, which has its name only when it is whole.
-func makeFile(path string) error {
-	unfinished := path + ".new"
-	if err := os.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+func makeFile(dir *statedir.Dir, name string) error {
+	unfinished := name + ".new"
+	if err := dir.Remove(unfinished); err != nil {
 		return err
 	}
-	db, err := bolt.Open(unfinished, 0o600, boltOptions)
+	file, err := dir.OpenRW(unfinished)
 	if err != nil {
-		return errors.Join(err, os.Remove(unfinished))
+		return err
+	}
+	db, err := openBolt(file)
+	if err != nil {
+		return errors.Join(err, dir.Remove(unfinished))
 	}
 	err = db.Update(func(tx *bolt.Tx) error {
 		_, err := tx.CreateBucket(bucketName)
 		return err
 	})
 	if err = errors.Join(err, db.Close()); err != nil {
-		return errors.Join(err, os.Remove(unfinished))
+		return errors.Join(err, dir.Remove(unfinished))
 	}
-	return os.Rename(unfinished, path)
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = dir.Close() }()
-	return dir.Sync()
+	return dir.Rename(unfinished, name)
 }
 
 func damaged(path string, why any) error {
@@ -174,7 +188,7 @@ func (d *disk) commit(changes []change) (err error) {
 		}
 	}()
 	// What is written to a file without this name is gone with the process.
-	if info, err := os.Stat(d.path); err != nil || !os.SameFile(info, d.info) {
+	if info, err := os.Lstat(d.path); err != nil || !os.SameFile(info, d.info) {
 		return errors.New("it was moved or deleted while the gateway had it open: restart the gateway")
 	}
 	all := d.all

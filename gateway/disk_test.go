@@ -231,6 +231,11 @@ func TestSound(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = file.Close() }()
 	random := rand.New(rand.NewPCG(1, 2)) // The same each time.
 	there := make(map[uint64]int)
 	for round := range 400 {
@@ -256,7 +261,7 @@ func TestSound(t *testing.T) {
 		if err := d.commit(changes); err != nil {
 			t.Fatal(err)
 		}
-		if err := checkFile(path); err != nil {
+		if err := checkFile(file); err != nil {
 			t.Fatalf("round %d, %d records: %v", round, len(there), err)
 		}
 	}

@@ -7,15 +7,20 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
-	"golang.org/x/sys/unix"
+	"github.com/gofrs/flock"
+
+	"github.com/promferry/promferry/internal/statedir"
 )
 
 // Lock is a lock that this process holds on a file.
 type Lock struct {
-	file *os.File
+	file  *os.File
+	flock *flock.Flock
 }
 
 // HeldError says that another process holds the lock.
@@ -33,37 +38,52 @@ func (e *HeldError) Error() string {
 	return fmt.Sprintf("lock %s: held by the process with PID %d", e.Path, e.PID)
 }
 
-// Acquire locks the file at path, creating it when there is none, as AcquireFile does.
+// Acquire locks the file at path as AcquireIn does. The directory has to exist.
 func Acquire(path string) (*Lock, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644) //nolint:gosec // Everybody may know the PID.
+	dir, err := statedir.OpenExisting(filepath.Dir(path))
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	return AcquireFile(f)
+	defer func() { _ = dir.Close() }()
+	return AcquireIn(dir, filepath.Base(path))
 }
 
-// AcquireFile locks a file with flock(2) and writes this process's PID into it. It does not
-// wait: when another process holds the lock, or left one that it guarded running, the error
-// is a *HeldError. The kernel lifts the lock when its holder ends in whatever way, so a
-// file left behind by a killed process does not stand in the way. The holder's PID is for
-// people to read; the lock does not depend on it. The lock closes f, also on an error.
-func AcquireFile(f *os.File) (*Lock, error) {
-	if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer func() { _ = f.Close() }()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			pid, _ := read(f)
-			return nil, &HeldError{Path: f.Name(), PID: pid}
-		}
-		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+// AcquireIn locks the file called name in a directory, creating it when there is none, and
+// writes this process's PID into it. It does not wait: when another process holds the lock,
+// or left one that it guarded running, the error is a *HeldError. The kernel lifts the lock
+// when its holder ends in whatever way, so a file left behind by a killed process does not
+// stand in the way. The holder's PID is for people to read; the lock does not depend on it.
+// A symbolic link, and whatever else is not a regular file with one name, is refused.
+func AcquireIn(dir *statedir.Dir, name string) (*Lock, error) {
+	f, err := dir.OpenRW(name)
+	if err != nil {
+		return nil, fmt.Errorf("lock: %w", err)
 	}
-	if _, guarded := read(f); guarded != 0 {
-		_ = f.Close()
-		return nil, &HeldError{Path: f.Name(), PID: guarded}
+	l, err := acquire(f, dir.Path(name))
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
-	l := &Lock{file: f}
-	if err := l.write(fmt.Sprintf("%d\n", os.Getpid())); err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("write the PID: %w", err)
+	return l, nil
+}
+
+func acquire(f *os.File, path string) (*Lock, error) {
+	// By path the file could be another one by now than the one that was checked.
+	l := &Lock{file: f, flock: flock.New(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), flock.SetFlag(os.O_RDWR))}
+	locked, err := l.flock.TryLock()
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	holder, guarded := read(f)
+	if !locked {
+		return nil, &HeldError{Path: path, PID: holder}
+	}
+	if guarded != 0 {
+		err = &HeldError{Path: path, PID: guarded}
+	} else if err = l.write(fmt.Sprintf("%d\n", os.Getpid())); err != nil {
+		err = fmt.Errorf("lock %s: write the PID: %w", path, err)
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.flock.Unlock())
 	}
 	return l, nil
 }
@@ -77,7 +97,7 @@ func (l *Lock) Guard(pid int) error {
 // Release gives the lock up. The file stays, empty: were it removed, a process that had
 // opened it and a process that creates it anew could both hold a lock.
 func (l *Lock) Release() error {
-	return errors.Join(l.file.Truncate(0), l.file.Close())
+	return errors.Join(l.file.Truncate(0), l.flock.Unlock(), l.file.Close())
 }
 
 func (l *Lock) write(content string) error {
@@ -86,14 +106,6 @@ func (l *Lock) write(content string) error {
 	}
 	_, err := l.file.WriteAt([]byte(content), 0)
 	return err
-}
-
-func flock(f *os.File, how int) error {
-	for {
-		if err := unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
 }
 
 // read returns the holder's PID, and that of the guarded process if it runs.
@@ -105,11 +117,34 @@ func read(f *os.File) (holder, guarded int) {
 	if len(lines) > 1 {
 		var pid int
 		var start string
-		if _, err := fmt.Sscan(lines[1], &pid, &start); err == nil && start == startOf(pid) {
+		if _, err := fmt.Sscan(lines[1], &pid, &start); err == nil && start == startOf(pid) && mayGuard(f, pid) {
 			guarded = pid
 		}
 	}
 	return holder, guarded
+}
+
+// mayGuard reports whether a process may hold the lock after its holder. Another user who owns
+// the file could write any PID into it, such as that of a process that never ends.
+func mayGuard(f *os.File, pid int) bool {
+	info, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	owner := uid(info)
+	if owner == 0 || owner == os.Geteuid() {
+		return true
+	}
+	process, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
+	return err == nil && uid(process) == owner
+}
+
+func uid(info os.FileInfo) int {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return -1
+	}
+	return int(stat.Uid)
 }
 
 // startOf returns when the process started, in the kernel's words: together with the PID

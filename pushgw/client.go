@@ -2,6 +2,7 @@ package pushgw
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -121,7 +122,7 @@ func (c *Client) send(req *http.Request) (*http.Response, error) {
 	op := operation(req.Method)
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), safeurl.CutError(timedOut(req.Context(), err)))
+		return nil, fmt.Errorf("%s %s: %w", op, safeurl.String(req.URL), timedOut(req.Context(), err))
 	}
 	// A Pushgateway answers 200, or 202 when it does not check; other receivers 204.
 	if resp.StatusCode/100 == 2 {
@@ -136,7 +137,8 @@ func (c *Client) send(req *http.Request) (*http.Response, error) {
 		Op:         op,
 		URL:        safeurl.String(req.URL),
 		Code:       resp.StatusCode,
-		Message:    strings.TrimSpace(string(message)),
+		Message:    httpclient.Shown(resp, string(message)),
+		raw:        string(message),
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After")),
 	}
 }
@@ -168,16 +170,18 @@ type StatusError struct {
 	URL string
 	// Code is the HTTP status.
 	Code int
-	// Message is the begin of the body.
+	// Message is the begin of the body as it may be shown: a line of a log, without credentials.
 	Message string
 	// RetryAfter is how long the Pushgateway asks to wait, or 0.
 	RetryAfter time.Duration
+	// raw is as much of the body as was read. It may hold credentials.
+	raw string
 }
 
 func (e *StatusError) Error() string {
 	s := fmt.Sprintf("%s %s: unexpected status %d", e.Op, e.URL, e.Code)
 	if e.Message != "" {
-		s += ": " + safeurl.Line(e.Message)
+		s += ": " + e.Message
 	}
 	return s
 }
@@ -197,7 +201,7 @@ var httpToHTTPS = regexp.MustCompile(`HTTP request to an HTTPS server|plain HTTP
 func (e *StatusError) Final() bool {
 	switch e.Code {
 	case http.StatusBadRequest:
-		return !httpToHTTPS.MatchString(e.Message)
+		return !httpToHTTPS.MatchString(cmp.Or(e.raw, e.Message))
 	case http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
 		return true
 	default:
@@ -213,7 +217,7 @@ var familyNamed = regexp.MustCompile(`(?:collected metric|metric family|named) (
 // as its message names any: two where the names of two clash, one fault on each line.
 func (e *StatusError) Families() []string {
 	var names []string
-	for line := range strings.Lines(e.Message) {
+	for line := range strings.Lines(cmp.Or(e.raw, e.Message)) {
 		// Between braces stand labels and values, which could hold anything.
 		if open := strings.Index(line, "{"); open >= 0 {
 			line = line[:open] + line[max(open, strings.LastIndex(line, "}")):]

@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -32,6 +34,75 @@ func client(t *testing.T, base string) *pushgw.Client {
 		t.Fatal(err)
 	}
 	return pushgw.New(u, c)
+}
+
+// echoing returns a client with credentials, of a server that answers each request with status,
+// header and body, in which TOKEN stands for the credentials that it was sent.
+func echoing(t *testing.T, status int, header http.Header, body string) *pushgw.Client {
+	t.Helper()
+	u, err := url.Parse(server(t, func(w http.ResponseWriter, r *http.Request) {
+		replace := func(s string) string {
+			return strings.ReplaceAll(s, "TOKEN", strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
+		}
+		for name := range header {
+			w.Header().Set(name, replace(header.Get(name)))
+		}
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, replace(body))
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "http.yml")
+	if err := os.WriteFile(file, []byte("authorization: {credentials: node_load1}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := httpclient.New("push", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pushgw.New(u, c)
+}
+
+// TestRefusalShowsNoCredential has credentials that are the name of a family: an error does not
+// show them, and what it says of the push is still read from it.
+func TestRefusalShowsNoCredential(t *testing.T) {
+	const says = `pushed metrics are invalid: collected metric "TOKEN" { gauge:<value:1 > } is not a COUNTER`
+	err := echoing(t, http.StatusBadRequest, nil, says).Delete(t.Context(), key)
+	se, ok := errors.AsType[*pushgw.StatusError](err)
+	if !ok || !se.Final() || !slices.Equal(se.Families(), []string{"node_load1"}) {
+		t.Fatalf("got %v", err)
+	}
+	for _, text := range []string{err.Error(), se.Message} {
+		if !strings.HasSuffix(text, `collected metric "..." { gauge:<value:1 > } is not a COUNTER`) {
+			t.Errorf("got %s", text)
+		}
+	}
+	// More than is read: the token is cut.
+	for cut := range 12 {
+		err := echoing(t, http.StatusBadRequest, nil, strings.Repeat(" ", 64<<10-cut)+"TOKEN"+strings.Repeat("x", 1000)).Delete(t.Context(), key)
+		if strings.Contains(err.Error(), "node_") && !strings.Contains(err.Error(), "/node_") {
+			t.Errorf("cut after %d bytes: %v", cut, err)
+		}
+	}
+}
+
+// TestListingShowsNoCredential has listings that are none.
+func TestListingShowsNoCredential(t *testing.T) {
+	date := http.Header{"Date": {"Sat, 21 Nov 2026 14:19:52 GMT"}}
+	for _, body := range []string{
+		`{"data":{"start_time":"TOKEN"}}`, `{"data":{"start_time":"TOKEN` + strings.Repeat("x", 1<<20), `{"status":"TOKEN","data":[]}`, `TOKEN`, `{"status":"success","data":["TOKEN"]}`,
+		`{"status":"error TOKEN"}`, `{"TOKEN`, `{"status":TOKEN}`,
+	} {
+		c := echoing(t, http.StatusOK, date, body)
+		_, err := c.Status(t.Context())
+		for _, groupErr := range c.Groups(t.Context()) {
+			err = errors.Join(err, groupErr)
+		}
+		if err == nil || strings.Contains(err.Error(), "node") || strings.Contains(err.Error(), "load1") {
+			t.Errorf("%.60s: got %v", body, err)
+		}
+	}
 }
 
 func server(t *testing.T, handle http.HandlerFunc) string {

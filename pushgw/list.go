@@ -14,6 +14,7 @@ import (
 
 	"github.com/prometheus/common/model"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/safeurl"
 )
 
@@ -59,10 +60,16 @@ type FormatError struct {
 }
 
 func (e *FormatError) Error() string {
-	return fmt.Sprintf("get %s: the answer is not a Pushgateway's: %v", e.URL, safeurl.CutError(e.Err))
+	return fmt.Sprintf("get %s: the answer is not a Pushgateway's: %v", e.URL, e.Err)
 }
 
 func (e *FormatError) Unwrap() error { return e.Err }
+
+// formatError returns the error for an answer of which err, which may quote it, says what is
+// wrong.
+func formatError(resp *http.Response, err error) error {
+	return &FormatError{URL: safeurl.String(resp.Request.URL), Err: errors.New(httpclient.Shown(resp, err.Error()))}
+}
 
 // maxStatus is up to which size a status is read, in bytes: it has every flag of the
 // Pushgateway.
@@ -96,7 +103,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	default:
 		return Status{Now: now, Started: answer.Data.StartTime}, nil
 	}
-	return Status{}, &FormatError{URL: safeurl.String(resp.Request.URL), Err: err}
+	return Status{}, formatError(resp, err)
 }
 
 // Groups lists all groups, one after the other as they are read, in memory that grows neither
@@ -123,7 +130,7 @@ func (c *Client) Groups(ctx context.Context) iter.Seq2[Group, error] {
 		case body.err != nil:
 			yield(Group{}, fmt.Errorf("get %s: %w", safeurl.String(resp.Request.URL), timedOut(ctx, body.err)))
 		default:
-			yield(Group{}, &FormatError{URL: safeurl.String(resp.Request.URL), Err: err})
+			yield(Group{}, formatError(resp, err))
 		}
 	}
 }

@@ -37,8 +37,14 @@ const (
 	// MaxAnnouncement is the size of an announcement on the wire, in bytes: some 200 targets.
 	MaxAnnouncement = 32 << 10
 	maxName         = 253 // of a host name, RFC 1035
-	minSession      = 16
-	maxSession      = 64
+	// maxLabels and maxTargets are how many there are at most.
+	maxLabels  = 64
+	maxTargets = 1000
+	// maxLabelBytes bounds what the labels take in service discovery, where they stand with each
+	// target, in bytes: 200 targets may have 1.3 KB each.
+	maxLabelBytes = 256 << 10
+	minSession    = 16
+	maxSession    = 64
 )
 
 // nameBytes are what a client's name is made of; the letters and digits come first.
@@ -93,6 +99,9 @@ type Announcement struct {
 	Labels map[string]string `json:"labels,omitempty"`
 	// Targets are what can be scraped.
 	Targets []Target `json:"targets"`
+	// HostID tells hosts apart: 32 hexadecimal digits, "" when it is not known. It is not
+	// shown to anyone.
+	HostID string `json:"host_id,omitempty"`
 }
 
 // String writes the announcement for its header.
@@ -139,6 +148,14 @@ func (a *Announcement) Validate() error {
 	if a.Instance == "" || !utf8.ValidString(a.Instance) {
 		return fmt.Errorf("instance %q: want UTF-8, and not empty", a.Instance)
 	}
+	switch {
+	case a.HostID != "" && (len(a.HostID) != 32 || strings.Trim(a.HostID, "0123456789abcdef") != ""):
+		return fmt.Errorf("host ID %.60q: want 32 hexadecimal digits, in lower case", a.HostID)
+	case len(a.Labels) > maxLabels:
+		return fmt.Errorf("%d labels, at most %d", len(a.Labels), maxLabels)
+	case len(a.Targets) > maxTargets:
+		return fmt.Errorf("%d targets, at most %d", len(a.Targets), maxTargets)
+	}
 	for name, value := range a.Labels {
 		switch {
 		case name == model.JobLabel || name == model.InstanceLabel || strings.HasPrefix(name, model.ReservedLabelPrefix):
@@ -148,6 +165,10 @@ func (a *Announcement) Validate() error {
 		case !utf8.ValidString(value):
 			return fmt.Errorf("label %q: the value is not UTF-8", name)
 		}
+	}
+	if each := jsonSize(a.Instance) + jsonSize(a.Labels); each*len(a.Targets) > maxLabelBytes {
+		return fmt.Errorf("instance and labels take %d bytes at each of %d targets, together at most %d: shorten the labels or announce fewer targets",
+			each, len(a.Targets), maxLabelBytes)
 	}
 	seen := make(map[Target]bool, len(a.Targets))
 	jobs := make(map[string]bool, len(a.Targets))
@@ -162,6 +183,11 @@ func (a *Announcement) Validate() error {
 		seen[place], jobs[t.Job] = true, true
 	}
 	return nil
+}
+
+func jsonSize(v any) int {
+	b, _ := json.Marshal(v) // Strings.
+	return len(b)
 }
 
 func (t Target) validate() error {
@@ -184,11 +210,11 @@ func (t Target) validate() error {
 	for name, values := range params {
 		switch {
 		case !model.LegacyValidation.IsValidLabelName("__param_" + name):
-			return fmt.Errorf("parameter %q: service discovery carries letters, digits and _ only; set it under params in Prometheus", name)
+			return fmt.Errorf("parameter %q: service discovery carries letters, digits and _ only; set the whole query under params in Prometheus instead", name)
 		case name == "_scheme":
 			return errors.New("parameter _scheme: is the proxy's own")
 		case len(values) > 1:
-			return fmt.Errorf("parameter %q: service discovery carries one value only; set it under params in Prometheus", name)
+			return fmt.Errorf("parameter %q: service discovery carries one value only; set the whole query under params in Prometheus instead", name)
 		case !utf8.ValidString(values[0]):
 			return fmt.Errorf("parameter %q: the value is not UTF-8", name)
 		}

@@ -1,11 +1,13 @@
 package reverse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -78,7 +80,8 @@ type ClientConfig struct {
 	Allow []Allowance
 	// HTTP scrapes the targets.
 	HTTP Doer
-	// OwnHTTP scrapes what Allow lets be scraped. It must connect to this host only.
+	// OwnHTTP scrapes what Allow lets be scraped. It must connect to this host only, and send no
+	// credentials: those of HTTP are for the targets.
 	OwnHTTP Doer
 	// Dial connects to a target for CONNECT, DialOwn to this host only.
 	Dial, DialOwn func(ctx context.Context, network, address string) (net.Conn, error)
@@ -103,7 +106,7 @@ type Client struct {
 }
 
 // clientResults are all that can become of a scrape at the client.
-var clientResults = []string{"success", "bad_request", "not_allowed", "target_down", "too_large", "timeout", "broken_off", "canceled"}
+var clientResults = []string{"success", "bad_request", "not_allowed", "target_down", "too_large", "timeout", "broken_off", "redirect", "canceled"}
 
 // NewClient returns a client.
 func NewClient(cfg ClientConfig) *Client {
@@ -208,34 +211,52 @@ func (c *Client) route(r *http.Request) (route, *failure) {
 		return bad("the query is malformed")
 	}
 	https := query.Get(schemeParam) == "https"
-	rest := withoutParam(r.URL.RawQuery, schemeParam)
-	port, path := portOf(r.URL), r.URL.Path
+	delete(query, schemeParam)
+	port, path := portOf(r.URL), r.URL.EscapedPath()
 	if path == "" {
 		path = "/"
 	}
-	best, params := -1, -1
+	otherQuery := false
 	for i, t := range c.targets {
-		if t.Port != port || t.plainPath() != path || https && t.Scheme != "https" {
+		if t.Port != port || t.plainPath() != cmp.Or(r.URL.Path, "/") || https && t.Scheme != "https" {
 			continue
 		}
-		if n, ok := covers(query, t.Query); ok && n > params {
-			best, params = i, n
+		switch {
+		case t.Query == "":
+			to.index = i // Unless another one has the very query.
+		case sameQuery(query, t.Query):
+			to.index, to.url = i, c.cfg.Targets[i].URL // As it is configured.
+			return to, nil
+		default:
+			otherQuery = true
 		}
 	}
-	if best >= 0 {
-		u := *c.cfg.Targets[best].URL
+	rest := withoutParam(r.URL.RawQuery, schemeParam)
+	if to.index >= 0 {
+		u := *c.cfg.Targets[to.index].URL
 		u.RawQuery = rest
-		to.index, to.url = best, &u
+		to.url = &u
 		return to, nil
 	}
-	if slices.ContainsFunc(c.cfg.Allow, func(a Allowance) bool { return a.allows(port, path) }) {
+	for _, a := range c.cfg.Allow {
+		if !a.allows(port, path) {
+			continue
+		}
 		u := *r.URL
+		if a.Path != "" {
+			u.Path, _ = url.PathUnescape(a.Path) // It was checked.
+			u.RawPath = a.Path
+		}
 		u.RawQuery = rest
 		if https {
 			u.Scheme = "https"
 		}
 		to.url, to.own = &u, true
 		return to, nil
+	}
+	if otherQuery {
+		denied.text = fmt.Sprintf("%s: the query is not that of the --pull.target: "+
+			"set no params in Prometheus, or set all of them there and none in --pull.target", to.shown)
 	}
 	return to, denied
 }
@@ -254,35 +275,22 @@ func (c *Client) routeTunnel(r *http.Request, to route, denied *failure) (route,
 			return to, nil
 		}
 	}
-	if slices.ContainsFunc(c.cfg.Allow, func(a Allowance) bool { return a.allows(port, "") }) {
+	if slices.ContainsFunc(c.cfg.Allow, func(a Allowance) bool { return a.Path == "" && a.allows(port, "") }) {
 		to.url, to.own = &url.URL{Scheme: "https", Host: r.URL.Host}, true
 		return to, nil
 	}
 	return to, denied
 }
 
-// covers tells whether a query has all parameters of another one, and how many these are.
-func covers(query url.Values, wanted string) (int, bool) {
-	if wanted == "" {
-		return 0, true
-	}
-	params, err := url.ParseQuery(wanted)
-	if err != nil {
-		return 0, false
-	}
-	for name, values := range params {
-		if !slices.Equal(query[name], values) {
-			return 0, false
-		}
-	}
-	return len(params), true
+// sameQuery tells whether a query has the parameters of a configured one and no others. Prometheus
+// may write them in another order, and with other escapes.
+func sameQuery(query url.Values, configured string) bool {
+	params, err := url.ParseQuery(configured)
+	return err == nil && maps.EqualFunc(query, params, slices.Equal)
 }
 
 // withoutParam removes a parameter from a query, and leaves the rest as it is, byte for byte.
 func withoutParam(query, name string) string {
-	if !strings.Contains(query, name) {
-		return query
-	}
 	parts := strings.Split(query, "&")
 	parts = slices.DeleteFunc(parts, func(part string) bool {
 		key, _, _ := strings.Cut(part, "=")
@@ -327,6 +335,9 @@ func (c *Client) scrape(w http.ResponseWriter, r *http.Request, to route) (int, 
 		return 0, c.explain(ctx, r, to, err, limit)
 	}
 	defer func() { _ = resp.Body.Close() }()
+	if f := redirected(r.URL, resp); f != nil {
+		return resp.StatusCode, f
+	}
 	copyAllowed(w.Header(), resp.Header)
 	if _, sent, err := passOn(w, r, resp, c.cfg.MaxBytes); err != nil {
 		f := c.explain(ctx, r, to, err, limit)
@@ -402,7 +413,7 @@ func Rest(buffered interface {
 type Allowance struct {
 	// Port is the only one; zero means any.
 	Port uint16
-	// Path is the only one; "" means any.
+	// Path is the only one, as it is sent: escaped as in a URL; "" means any.
 	Path string
 }
 
@@ -423,13 +434,15 @@ func ParseAllowance(s string) (Allowance, error) {
 		}
 		a.Port = uint16(n)
 	}
-	if s == "" || strings.ContainsAny(a.Path, "?#") {
+	u, err := url.Parse("http://host" + a.Path)
+	if s == "" || strings.ContainsAny(a.Path, "?#") || err != nil {
 		return a, fmt.Errorf("%q: want a port, a path, both or any, as in 9100, /metrics, 9100/metrics", s)
 	}
+	a.Path = u.EscapedPath()
 	return a, nil
 }
 
-// String returns the allowance as it is written.
+// String returns the allowance as ParseAllowance reads it.
 func (a Allowance) String() string {
 	switch {
 	case a == Allowance{}:
@@ -441,6 +454,17 @@ func (a Allowance) String() string {
 	}
 }
 
+// allows tells whether a scrape may have this port and path, which is escaped.
 func (a Allowance) allows(port uint16, path string) bool {
-	return port != 0 && (a.Port == 0 || a.Port == port) && (a.Path == "" || a.Path == path)
+	return port != 0 && (a.Port == 0 || a.Port == port) && (a.Path == "" || samePath(a.Path, path))
+}
+
+// samePath tells whether two paths are the same but for how they are escaped. A slash that is
+// written %2F belongs to a segment, and is none between two.
+func samePath(a, b string) bool {
+	return slices.EqualFunc(strings.Split(a, "/"), strings.Split(b, "/"), func(a, b string) bool {
+		plainA, errA := url.PathUnescape(a)
+		plainB, errB := url.PathUnescape(b)
+		return errA == nil && errB == nil && plainA == plainB
+	})
 }

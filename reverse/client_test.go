@@ -82,8 +82,11 @@ func TestRoutes(t *testing.T) {
 		pullTarget(t, "probe-b", "http://127.0.0.1:9115/probe?module=b&target=x"),
 		pullTarget(t, "probe-any", "http://127.0.0.1:9115/probe"),
 		pullTarget(t, "space", "http://127.0.0.1:9116/a%20b"),
+		pullTarget(t, "slash", "http://127.0.0.1:9117/a%2fb"),
+		pullTarget(t, "dots", "http://127.0.0.1:9118/x/../y"),
+		pullTarget(t, "exact", "http://127.0.0.1:9119/probe?module=a&target=x%2Fy&empty"),
 	}
-	c, configured, own := newTestClient(t, targets, "9200", "/health", "9300/only")
+	c, configured, own := newTestClient(t, targets, "9200", "/health", "9300/only", "9400/a/b", "9401/a%2fb", "9402/a%20b")
 	for _, tt := range []struct{ request, want string }{
 		{"GET http://web-1:9100/metrics", "http://127.0.0.1:9100/metrics"},
 		{"HEAD http://web-1:9100/metrics", "http://127.0.0.1:9100/metrics"},
@@ -102,7 +105,44 @@ func TestRoutes(t *testing.T) {
 		{"GET http://web-1:9200/whatever?_scheme=https", "own https://web-1:9200/whatever"},
 		{"GET http://web-1:1234/health", "own http://web-1:1234/health"},
 		{"GET http://web-1:9300/only", "own http://web-1:9300/only"},
+		// What is sent is what is configured, however it is asked for: Prometheus escapes as it likes,
+		// and knows of service discovery a path without escapes.
+		{"GET http://web-1:9117/a%2fb", "http://127.0.0.1:9117/a%2fb"},
+		{"GET http://web-1:9117/a/b", "http://127.0.0.1:9117/a%2fb"},
+		{"GET http://web-1:9118/x/../y", "http://127.0.0.1:9118/x/../y"},
+		{"GET http://web-1:9118/%78/../y", "http://127.0.0.1:9118/x/../y"},
+		{"GET http://web-1:9119/probe?module=a&target=x%2Fy&empty", "http://127.0.0.1:9119/probe?module=a&target=x%2Fy&empty"},
+		{"GET http://web-1:9119/probe?empty=&target=x/y&_scheme=http&mod%75le=a", "http://127.0.0.1:9119/probe?module=a&target=x%2Fy&empty"},
+		{"GET http://web-1:9400/a/b?x=1", "own http://web-1:9400/a/b?x=1"},
+		{"GET http://web-1:9400/%61/b", "own http://web-1:9400/a/b"},
+		{"GET http://web-1:9401/a%2Fb", "own http://web-1:9401/a%2fb"},
+		{"GET http://web-1:9402/a%20b", "own http://web-1:9402/a%20b"},
+		{"GET http://web-1:9200/a%2fb/../c//d", "own http://web-1:9200/a%2fb/../c//d"},
+		{"GET http://web-1:8443/m?%5fscheme=https&a=1", "https://127.0.0.1:8443/m?a=1"},
 
+		{"GET http://web-1:9117/a//b", "403 not_allowed"},
+		{"GET http://web-1:9118/y", "403 not_allowed"},
+		{"GET http://web-1:9118//x/../y", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=a&target=x%2Fy&empty&z=1", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=a&target=x%2Fy&empty&=", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=a&module=a&target=x%2Fy&empty", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=a&target=x%2Fy&target=evil&empty", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=b&target=x%2Fy&empty", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=a&target=x%252Fy&empty", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?Module=a&target=x%2Fy&empty", "403 not_allowed"},
+		{"GET http://web-1:9119/probe?module=a&target=x%2Fy", "403 not_allowed"},
+		{"GET http://web-1:9119/probe", "403 not_allowed"},
+		{"GET http://web-1:9400/a%2fb", "403 not_allowed"},
+		{"GET http://web-1:9400/a%2Fb", "403 not_allowed"},
+		{"GET http://web-1:9400/a//b", "403 not_allowed"},
+		{"GET http://web-1:9400//a/b", "403 not_allowed"},
+		{"GET http://web-1:9400/a/b/", "403 not_allowed"},
+		{"GET http://web-1:9400/a/./b", "403 not_allowed"},
+		{"GET http://web-1:9400/a/%2e/b", "403 not_allowed"},
+		{"GET http://web-1:9400/x/../a/b", "403 not_allowed"},
+		{"GET http://web-1:9400/a%252fb", "403 not_allowed"},
+		{"GET http://web-1:9401/a/b", "403 not_allowed"},
+		{"CONNECT web-1:9400", "403 not_allowed"},
 		{"GET http://web-1:9300/other", "403 not_allowed"},
 		{"GET http://web-1:9100/", "403 not_allowed"},
 		{"GET http://web-1:9100/metrics/", "403 not_allowed"},
@@ -142,7 +182,11 @@ func TestRoutes(t *testing.T) {
 			t.Errorf("%s: %s, want %s", tt.request, got, tt.want)
 		}
 	}
-	for _, bad := range []string{"", "0", "70000", "x", "9100x", "any/x", "/a?b", "-1"} {
+	// The refusal says what is wrong, and not the query, which may hold a secret.
+	if text := ask(t, c, "GET http://web-1:9119/probe?module=canary").Body.String(); !strings.Contains(text, "query") || strings.Contains(text, "canary") {
+		t.Errorf("refused with %q", text)
+	}
+	for _, bad := range []string{"", "0", "70000", "x", "9100x", "any/x", "/a?b", "-1", "/%zz", "9100/a%2"} {
 		if a, err := ParseAllowance(bad); err == nil {
 			t.Errorf("allowance %q is taken as %+v", bad, a)
 		}
@@ -150,6 +194,19 @@ func TestRoutes(t *testing.T) {
 	anything, _, own := newTestClient(t, nil, "any")
 	if ask(t, anything, "GET http://web-1:22/x"); len(own.requests) != 1 {
 		t.Error("any does not allow all")
+	}
+}
+
+// TestTargetOfTheQuery: a scrape counts for the target with its query, before one that takes any.
+func TestTargetOfTheQuery(t *testing.T) {
+	c, _, _ := newTestClient(t, []PullTarget{
+		pullTarget(t, "any", "http://127.0.0.1:9115/probe"), pullTarget(t, "a", "http://127.0.0.1:9115/probe?module=a"),
+	})
+	ask(t, c, "GET http://web-1:9115/probe?module=a")
+	for _, s := range c.Status() {
+		if scraped := !s.Last.At.IsZero(); scraped != (s.Job == "a") {
+			t.Errorf("%s: scraped %v", s.Job, scraped)
+		}
 	}
 }
 

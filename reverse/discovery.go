@@ -1,9 +1,12 @@
 package reverse
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"io"
+	"iter"
 	"maps"
 	"net"
 	"net/http"
@@ -40,24 +43,31 @@ func (r *Registry) Discovery(w http.ResponseWriter, req *http.Request) {
 			return
 		}
 	}
-	groups := []targetGroup{}
-	clients := r.all()
-	slices.SortFunc(clients, func(a, b *client) int { return cmp.Compare(a.name, b.name) })
-	for _, c := range clients {
-		c.mu.Lock()
-		a := c.announcement
-		c.mu.Unlock()
-		if a == nil {
-			continue
-		}
-		for _, t := range a.Targets {
-			if query.Has("job") && !slices.Contains(query["job"], t.Job) || r.duplicate(c, a.Instance, t) {
+	jobs := make(map[string]bool)
+	for _, job := range query["job"] {
+		jobs[job] = true
+	}
+	writeGroups(w, func(yield func(targetGroup) bool) {
+		for _, c := range r.sorted() {
+			c.mu.Lock()
+			a := c.announcement
+			c.mu.Unlock()
+			if a == nil {
 				continue
 			}
-			groups = append(groups, targetGroup{[]string{net.JoinHostPort(c.name, strconv.Itoa(int(t.Port)))}, labels(a, t)})
+			for _, t := range a.Targets {
+				if query.Has("job") && !jobs[t.Job] {
+					continue
+				}
+				if holder, _ := r.holder(c, claim{t.Job, a.Instance}); holder != nil {
+					continue
+				}
+				if !yield(targetGroup{[]string{net.JoinHostPort(c.name, strconv.Itoa(int(t.Port)))}, labels(a, t)}) {
+					return
+				}
+			}
 		}
-	}
-	writeJSON(w, groups)
+	})
 }
 
 // labels returns the labels of a target: those of a push, and what Prometheus makes the URL of.
@@ -79,23 +89,46 @@ func labels(a *Announcement, t Target) map[string]string {
 // is there or ended less than timeout ago.
 func (r *Registry) ListClients(timeout time.Duration) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
-		groups := []targetGroup{}
-		for _, c := range r.all() {
-			c.mu.Lock()
-			listed := len(c.sessions) > 0 || time.Since(c.since) < timeout
-			c.mu.Unlock()
-			if listed {
-				groups = append(groups, targetGroup{Targets: []string{c.name}})
+		writeGroups(w, func(yield func(targetGroup) bool) {
+			for _, c := range r.sorted() {
+				c.mu.Lock()
+				listed := len(c.sessions) > 0 || time.Since(c.since) < timeout
+				c.mu.Unlock()
+				if listed && !yield(targetGroup{Targets: []string{c.name}}) {
+					return
+				}
 			}
-		}
-		slices.SortFunc(groups, func(a, b targetGroup) int { return cmp.Compare(a.Targets[0], b.Targets[0]) })
-		writeJSON(w, groups)
+		})
 	}
 }
 
-func writeJSON(w http.ResponseWriter, v any) {
+// writeGroups writes a list of groups one by one: all of them together may be many times
+// what clients announced. It stops when the answer can no longer be sent.
+func writeGroups(w http.ResponseWriter, groups iter.Seq[targetGroup]) {
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v)
+	var entry bytes.Buffer
+	encoder := json.NewEncoder(&entry)
+	encoder.SetEscapeHTML(false)
+	before := byte('[')
+	for g := range groups {
+		entry.Reset()
+		entry.WriteByte(before)
+		_ = encoder.Encode(g) // Strings.
+		if _, err := w.Write(bytes.TrimSuffix(entry.Bytes(), []byte("\n"))); err != nil {
+			return
+		}
+		before = ','
+	}
+	end := "]\n"
+	if before == '[' {
+		end = "[]\n"
+	}
+	_, _ = io.WriteString(w, end)
+}
+
+// sorted returns all clients, by name.
+func (r *Registry) sorted() []*client {
+	return slices.SortedFunc(slices.Values(r.all()), func(a, b *client) int { return cmp.Compare(a.name, b.name) })
 }
 
 // Summary says in a line how many clients there are.

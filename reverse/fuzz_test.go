@@ -109,14 +109,21 @@ func FuzzScrapeAtClient(f *testing.F) {
 		"GET http://web-1:9115/probe?module=a&_scheme=https HTTP/1.1\r\nHost: x\r\nX-Prometheus-Scrape-Timeout-Seconds: 1e-9\r\nConnection: a, Host\r\n\r\n",
 		"CONNECT web-1:8443 HTTP/1.1\r\nHost: x\r\nX-Prometheus-Scrape-Timeout-Seconds: 5\r\n\r\n",
 		"GET http://web-1:9200/x/../y HTTP/1.1\r\nHost: x\r\nX-Prometheus-Scrape-Timeout-Seconds: 5\r\nContent-Length: 3\r\n\r\nabc",
+		"GET http://web-1:9200/a%2fb HTTP/1.1\r\nHost: x\r\nX-Prometheus-Scrape-Timeout-Seconds: 5\r\n\r\n",
 		"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
 	} {
 		f.Add(seed)
 	}
-	allowed := map[string]bool{"127.0.0.1:9100/metrics": true, "127.0.0.1:9115/probe": true, "10.0.0.1:8443/m": true, "web-1:9200/health": true}
+	// What is sent to each, and whether any query may follow.
+	allowed := map[string]bool{
+		"127.0.0.1:9100/metrics": true, "127.0.0.1:9115/probe?module=a": false, "10.0.0.1:8443/m": true, "web-1:9200/health": true, "web-1:9200/a/b": true,
+	}
 	f.Fuzz(func(t *testing.T, request string) {
 		check := doer(func(r *http.Request) (*http.Response, error) {
-			if !allowed[r.URL.Host+r.URL.Path] || r.URL.User != nil || r.Body != nil || r.Method != http.MethodGet && r.Method != http.MethodHead {
+			sent := r.URL.Host + r.URL.RequestURI()
+			_, whole := allowed[sent]
+			path, _, _ := strings.Cut(sent, "?")
+			if !whole && !allowed[path] || r.URL.User != nil || r.Body != nil || r.Method != http.MethodGet && r.Method != http.MethodHead {
 				t.Errorf("%q reaches %s %s", request, r.Method, r.URL)
 			}
 			if _, ok := r.Context().Deadline(); !ok {
@@ -137,7 +144,7 @@ func FuzzScrapeAtClient(f *testing.F) {
 				{Job: "probe", URL: mustParse("http://127.0.0.1:9115/probe?module=a")},
 				{Job: "tls", URL: mustParse("https://10.0.0.1:8443/m")},
 			},
-			Allow: []reverse.Allowance{{Port: 9200, Path: "/health"}}, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
+			Allow: []reverse.Allowance{{Port: 9200, Path: "/health"}, {Port: 9200, Path: "/a/b"}}, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 		})
 		req, err := http.ReadRequest(bufio.NewReader(strings.NewReader(request)))
 		if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -218,8 +219,7 @@ func TestS8Revocation(t *testing.T) {
 		poll.send("POST /poll HTTP/1.1\r\nHost: x\r\n" + bearer("web-2") + hello("web-2", anySession) + "Content-Length: 5\r\n\r\nweb-2")
 		synctest.Wait()
 		revoke := func(valid bool) {
-			w.lines.Revoke(func(reverse.Grant, string) bool { return valid })
-			w.polls.Revoke(func(reverse.Grant, string) bool { return valid })
+			w.revoke(func(reverse.Grant, string) bool { return valid })
 			synctest.Wait()
 		}
 		revoke(true)
@@ -234,6 +234,240 @@ func TestS8Revocation(t *testing.T) {
 			t.Error("a connection is left")
 		}
 	})
+}
+
+// face is that of clients, which a reload of the rules opens to all or closes.
+type face struct{ open atomic.Bool }
+
+func (f *face) authorize(r *http.Request, name string) (reverse.Grant, error) {
+	if f.open.Load() {
+		return who(""), nil
+	}
+	return byToken(r, name)
+}
+
+// valid tells whether a grant of what the face was is one of what it is.
+func (f *face) valid(g reverse.Grant, _ string) bool { return f.open.Load() == (g.Identity() == "") }
+
+// revoke ends what is not valid any more, as cmd has it.
+func (w *world) revoke(valid func(reverse.Grant, string) bool) {
+	w.registry.Revoke(valid)
+	w.lines.Revoke(valid)
+	w.polls.Revoke(valid)
+	w.proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
+}
+
+// pollAs asks for a scrape by hand, as web-1.
+func (c *raw) pollAs(more string) {
+	c.send("POST /poll HTTP/1.1\r\nHost: x\r\n" + more + "Content-Length: 5\r\n\r\nweb-1")
+}
+
+// TestS8FaceOpenedAndClosed: what began while anybody could be a client ends when that is over, and
+// the other way round. The name is free at once: the client whose it is connects again.
+func TestS8FaceOpenedAndClosed(t *testing.T) {
+	ours := reverse.HeaderSession + ": " + anySession + "\r\n"
+	half := "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 200000\r\n\r\n" + strings.Repeat("x", 100_000)
+	respond := func(w *world, poll *raw, more, idHeader string) *raw {
+		id := poll.polled().Header.Get("Id")
+		c := w.raw()
+		c.send("POST /push HTTP/1.1\r\nHost: x\r\n" + more + strings.ReplaceAll(idHeader, "ID", id) +
+			"Content-Length: 300000\r\n\r\n" + strings.ReplaceAll(half, "ID", id))
+		return c
+	}
+	for name, begin := range map[string]func(w *world, credential string, ask func()) *raw{
+		"an idle line": func(w *world, credential string, _ func()) *raw { return w.line(clientName, anySession, credential) },
+		"a line in use": func(w *world, credential string, ask func()) *raw {
+			c := w.line(clientName, anySession, credential)
+			ask()
+			c.request()
+			return c
+		},
+		"half an answer": func(w *world, credential string, ask func()) *raw {
+			c := w.line(clientName, anySession, credential)
+			ask()
+			c.request()
+			c.send(half)
+			return c
+		},
+		"a session whose lines have ended": func(w *world, credential string, _ func()) *raw {
+			c := w.line(clientName, anySession, credential)
+			synctest.Wait()
+			_ = c.Close()
+			return c
+		},
+		"a poll": func(w *world, credential string, _ func()) *raw {
+			c := w.raw()
+			c.pollAs(credential + ours)
+			return c
+		},
+		"a poll of PushProx's": func(w *world, credential string, _ func()) *raw {
+			c := w.raw()
+			c.pollAs(credential)
+			return c
+		},
+		"a scrape that is taken": func(w *world, credential string, ask func()) *raw {
+			c := w.raw()
+			c.pollAs(credential + ours)
+			synctest.Wait()
+			ask()
+			c.polled()
+			return c
+		},
+		"half a response": func(w *world, credential string, ask func()) *raw {
+			c := w.raw()
+			c.pollAs(credential + ours)
+			synctest.Wait()
+			ask()
+			return respond(w, c, credential+ours, "Id: ID\r\n")
+		},
+		"half a response of PushProx's": func(w *world, credential string, ask func()) *raw {
+			c := w.raw()
+			c.pollAs(credential)
+			synctest.Wait()
+			ask()
+			return respond(w, c, credential, "")
+		},
+	} {
+		for _, closes := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, " closes ", closes), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					f := &face{}
+					f.open.Store(closes)
+					before, after := "", bearer(clientName)
+					if !closes {
+						before, after = after, before
+					}
+					w := newWorld(t, newPipes(), options{registry: func(c *reverse.RegistryConfig) { c.Authorize = f.authorize }})
+					done := make(chan answer, 1)
+					asked := false
+					c := begin(w, before, func() {
+						asked = true
+						synctest.Wait()
+						go func() { done <- w.scrape("http://web-1:9100/metrics", 30*time.Second) }()
+					})
+					synctest.Wait()
+					f.open.Store(!closes)
+					began := time.Now()
+					w.revoke(f.valid)
+					if asked {
+						if a := <-done; a.broken == nil && a.status != http.StatusServiceUnavailable {
+							t.Errorf("the scrape: %v", a)
+						}
+					}
+					again := w.line(clientName, anySession, after) // Refused, it would fail.
+					synctest.Wait()
+					if took := time.Since(began); took != 0 {
+						t.Errorf("only after %v", took)
+					}
+					if !c.ended(time.Second) {
+						t.Error("the connection is left")
+					}
+					go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+					again.request()
+					again.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+					if a := <-done; string(a.body) != "ok" {
+						t.Errorf("the next scrape: %v", a)
+					}
+					if n := w.metric("promferry_proxy_lines"); n != 1 {
+						t.Errorf("%v lines", n)
+					}
+					if n := w.metric("promferry_proxy_duplicate_sessions_total"); n != 0 {
+						t.Errorf("%v sessions were counted as duplicate", n)
+					}
+					<-time.After(time.Second) // The server waits that long for what it does not read.
+				})
+			})
+		}
+	}
+}
+
+// TestS8RevocationOfTunnels: a tunnel ends when either end is not let in any more.
+func TestS8RevocationOfTunnels(t *testing.T) {
+	for _, revoked := range []string{"", "scraper"} { // Of the client and of the scraper.
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, newPipes(), options{
+				registry: func(c *reverse.RegistryConfig) {
+					c.Authorize = func(*http.Request, string) (reverse.Grant, error) { return who(""), nil }
+				},
+				proxy: func(c *reverse.ProxyConfig) {
+					c.Authorize = func(*http.Request) (reverse.Grant, error) { return who("scraper"), nil }
+				},
+			})
+			line := w.line(clientName, anySession, "")
+			synctest.Wait()
+			scraper := w.raw()
+			scraper.send("CONNECT web-1:8443 HTTP/1.1\r\nHost: web-1:8443\r\n\r\n")
+			line.request()
+			line.send("HTTP/1.1 200 OK\r\n\r\n")
+			if resp, err := http.ReadResponse(scraper.r, &http.Request{Method: http.MethodConnect}); err != nil || resp.StatusCode != http.StatusOK { //nolint:bodyclose // It has none.
+				t.Fatalf("no tunnel: %v %v", resp, err)
+			}
+			go func() { _, _ = io.WriteString(scraper, "hello") }()
+			b := make([]byte, 5)
+			if _, err := io.ReadFull(line.r, b); err != nil || string(b) != "hello" {
+				t.Fatalf("%q %v", b, err)
+			}
+			w.revoke(func(g reverse.Grant, _ string) bool { return g != who(revoked) })
+			if !line.ended(time.Second) || !scraper.ended(time.Second) {
+				t.Errorf("the tunnel is left when %q is revoked", revoked)
+			}
+		})
+	}
+}
+
+// credential is a grant by one of several tokens of an identity.
+type credential struct{ token string }
+
+func (credential) Identity() string { return "web" }
+
+// TestS8RevocationOfOneToken: of the lines of one session, those end that were opened by the token
+// that is taken away.
+func TestS8RevocationOfOneToken(t *testing.T) {
+	for _, kind := range []string{reverse.KindPTTH, reverse.KindLongPoll, reverse.KindPushProx} {
+		t.Run(kind, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, newPipes(), options{registry: func(c *reverse.RegistryConfig) {
+					c.Authorize = func(r *http.Request, _ string) (reverse.Grant, error) {
+						return credential{r.Header.Get("Authorization")}, nil
+					}
+				}})
+				open := func(token string) *raw {
+					if kind == reverse.KindPTTH {
+						return w.line(clientName, anySession, bearer(token))
+					}
+					c, session := w.raw(), ""
+					if kind == reverse.KindLongPoll {
+						session = reverse.HeaderSession + ": " + anySession + "\r\n"
+					}
+					c.pollAs(bearer(token) + session)
+					synctest.Wait()
+					return c
+				}
+				stolen := open("old")
+				genuine := open("new")
+				synctest.Wait()
+				w.revoke(func(g reverse.Grant, _ string) bool { return g != credential{"Bearer old"} })
+				synctest.Wait()
+				if !stolen.ended(time.Second) {
+					t.Error("the connection by the old token is left")
+				}
+				if n := w.metric("promferry_proxy_lines"); n != 1 {
+					t.Errorf("%v lines", n)
+				}
+				if genuine.ended(time.Second) {
+					t.Error("the connection by the new token ended")
+				}
+				// No line stays open that is not scraped any more.
+				open("old")
+				synctest.Wait()
+				w.revoke(func(g reverse.Grant, _ string) bool { return g != credential{"Bearer old"} })
+				synctest.Wait()
+				if n := w.metric("promferry_proxy_lines"); n == 0 && !genuine.ended(time.Second) {
+					t.Error("a connection is left that no scrape uses")
+				}
+			})
+		})
+	}
 }
 
 // asProxy sends a request over a line of a client, as a hostile proxy may.
@@ -264,8 +498,9 @@ func TestS9AllowList(t *testing.T) {
 	w := newWorld(t, newLoopback(t), options{})
 	n := w.joinWith(clientName, anySession, func(c *reverse.ClientConfig) {
 		c.HTTP, c.OwnHTTP, c.Dial, c.DialOwn = doer(note), doer(note), dialed, dialed
-		c.Allow = []reverse.Allowance{{Port: 9200, Path: "/health"}}
+		c.Allow = []reverse.Allowance{{Port: 9200, Path: "/health"}, {Port: 9300, Path: "/a/b"}}
 	},
+		reverse.PullTarget{Job: "probe", URL: mustURL(t, "http://127.0.0.1:9115/probe?module=a")},
 		reverse.PullTarget{Job: "node", URL: mustURL(t, "http://127.0.0.1:9100/metrics")},
 		reverse.PullTarget{Job: "tls", URL: mustURL(t, "https://10.0.0.1:8443/m")},
 	)
@@ -279,6 +514,8 @@ func TestS9AllowList(t *testing.T) {
 		"GET http://web-1:9100/metrics%00", "GET http://web-1:9100/metrics/", "GET http://web-1:9100/metrics;x", "GET http://web-1:9100/metrics%3Fx",
 		"GET http://web-1:09100.1/metrics", "GET http://web-1:+9100/metrics", "GET http://web-1:74636/metrics", "GET http://web-1:-1/metrics", "GET http://web-1:0/health",
 		"GET http://web-1:9200/health/../x", "GET http://web-1:9200/health%2f..%2fx", "GET http://web-1:9200/", "GET https://web-1:9100/metrics", "GET file:///etc/passwd",
+		"GET http://web-1:9300/a%2fb", "GET http://web-1:9300/a%2Fb", "GET http://web-1:9300/a/../b", "GET http://web-1:9300/a//b", "GET http://web-1:9300/a/%2e/b",
+		"GET http://web-1:9115/probe", "GET http://web-1:9115/probe?module=b", "GET http://web-1:9115/probe?module=a&target=evil", "GET http://web-1:9115/probe?module=a&module=b", "GET http://web-1:9115/probe?module=a;target=evil",
 		"GET ftp://web-1:9100/metrics", "GET gopher://web-1:9100/metrics", "GET unix:///run/docker.sock", "GET /metrics", "GET *", "GET //web-1:9100/metrics",
 		"GET http:web-1:9100/metrics", "GET http:///metrics", "GET http://web-1:9100/metrics?_scheme=https",
 		"POST http://web-1:9100/metrics", "PUT http://web-1:9100/metrics", "DELETE http://web-1:9100/metrics", "TRACE http://web-1:9100/metrics", "OPTIONS http://web-1:9100/metrics", "PATCH http://web-1:9100/metrics", "get http://web-1:9100/metrics",
@@ -294,7 +531,8 @@ func TestS9AllowList(t *testing.T) {
 		}
 	}
 	for target, want := range map[string]string{
-		"GET http://web-1:9100/metrics": "GET http://127.0.0.1:9100/metrics", "GET http://web-1:9200/health": "GET http://web-1:9200/health", "CONNECT web-1:8443": "10.0.0.1:8443",
+		"GET http://web-1:9100/metrics": "GET http://127.0.0.1:9100/metrics", "GET http://web-1:9200/health": "GET http://web-1:9200/health",
+		"GET http://web-1:9300/%61/b": "GET http://web-1:9300/a/b", "GET http://web-1:9115/probe?_scheme=&mod%75le=a": "GET http://127.0.0.1:9115/probe?module=a", "CONNECT web-1:8443": "10.0.0.1:8443",
 	} {
 		reached.Store(nil)
 		asProxy(t, n.client, target+" HTTP/1.1\r\nHost: evil\r\n"+timeout+"\r\n")
@@ -312,20 +550,108 @@ func TestS9AllowList(t *testing.T) {
 	}
 }
 
-// TestS11NoRedirects: a target cannot send the client elsewhere.
+// TestS11NoRedirects: a target cannot send the client elsewhere, and neither it nor a client the
+// scraper to another client or port, with its credential.
 func TestS11NoRedirects(t *testing.T) {
 	var reached atomic.Bool
 	secret, _ := target(t, func(http.ResponseWriter, *http.Request) { reached.Store(true) })
 	for _, kind := range kinds {
-		p, _ := target(t, func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, secret.URL.String(), http.StatusFound)
+		var location atomic.Pointer[string]
+		p, _ := target(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Location", *location.Load())
+			w.WriteHeader(http.StatusFound)
 		})
 		w := newWorld(t, newLoopback(t), options{noPTTH: kind == reverse.KindLongPoll})
-		w.join(clientName, anySession, p)
+		n := w.join(clientName, anySession, p)
 		w.connected(clientName, 1)
-		if a := w.scrape(at(clientName, p), 5*time.Second); a.status != http.StatusFound || reached.Load() {
-			t.Errorf("%s: %v", kind, a)
+		for to, want := range map[string]int{
+			secret.URL.String(): http.StatusBadGateway, "http://web-2:9100/metrics": http.StatusBadGateway, "//web-1:1/metrics": http.StatusBadGateway,
+			"/login": http.StatusFound, at(clientName, p) + "/": http.StatusFound,
+		} {
+			location.Store(&to)
+			if a := w.scrape(at(clientName, p), 5*time.Second); a.status != want || reached.Load() || want == http.StatusFound && a.header.Get("Location") != to {
+				t.Errorf("%s, %s: %v", kind, to, a)
+			}
+			// At the client itself: the proxy may be another one.
+			if rec := asProxy(t, n.client, "GET "+at(clientName, p)+" HTTP/1.1\r\nHost: x\r\n"+reverse.HeaderTimeout+": 5\r\n\r\n"); rec.Code != want {
+				t.Errorf("%s, %s: the client answers %d %s", kind, to, rec.Code, rec.Body)
+			}
 		}
+		if n := w.metric("promferry_proxy_scrapes_total", "result", "redirect"); n != 3 {
+			t.Errorf("%s: %v redirects are counted", kind, n)
+		}
+	}
+}
+
+// TestS11RedirectOfAClient: what a hostile client answers sends the scraper nowhere else, by no
+// status and by no header.
+func TestS11RedirectOfAClient(t *testing.T) {
+	const away = "http://me:canary@victim:9100/admin?token=canary"
+	for _, kind := range kinds {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, newPipes(), options{})
+			done := make(chan answer)
+			line := &raw{}
+			if kind == reverse.KindPTTH {
+				line = w.line(clientName, anySession, "")
+			}
+			scrape := func(said string) answer {
+				if kind == reverse.KindPTTH {
+					synctest.Wait()
+					go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+					line.request()
+					line.send(said)
+					return <-done
+				}
+				poll, push := w.raw(), w.raw()
+				poll.poll(clientName, anySession)
+				synctest.Wait()
+				go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+				id := poll.polled().Header.Get("Id")
+				go func() { _, _ = io.Copy(io.Discard, push) }()
+				push.push(said, "Id: "+id+"\r\n")
+				return <-done
+			}
+			for status := 300; status < 400; status++ {
+				said := fmt.Sprintf("HTTP/1.1 %d Moved\r\n%s: timeout\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n", status, reverse.HeaderError, away)
+				a := scrape(said)
+				if a.status != http.StatusBadGateway || a.header.Get(reverse.HeaderError) != "redirect" || a.header.Get("Location") != "" {
+					t.Errorf("%s: %d: %v %v", kind, status, a, a.header)
+				}
+				if text := string(a.body); !strings.Contains(text, "victim:9100/admin") || strings.Contains(text, "canary") {
+					t.Errorf("%s: %d: %s", kind, status, text)
+				}
+			}
+			if n := w.metric("promferry_proxy_scrapes_total", "result", "redirect"); n != 100 {
+				t.Errorf("%s: %v redirects are counted", kind, n)
+			}
+			two := scrape("HTTP/1.1 302 Found\r\nLocation: /login\r\nlocation: " + away + "\r\nContent-Length: 0\r\n\r\n")
+			if two.status != http.StatusBadGateway {
+				t.Errorf("%s: two Locations: %v", kind, two)
+			}
+			long := scrape("HTTP/1.1 302 Found\r\nLocation: http://victim/" + strings.Repeat("a", 60_000) + "\r\nContent-Length: 0\r\n\r\n")
+			if long.status != http.StatusBadGateway || len(long.body) > 500 {
+				t.Errorf("%s: a long Location: %v with %d bytes", kind, long, len(long.body))
+			}
+			none := scrape("HTTP/1.1 304 Not Modified\r\n\r\n")
+			if none.status != http.StatusNotModified {
+				t.Errorf("%s: without a Location: %v", kind, none)
+			}
+			others := ""
+			for _, name := range []string{"Refresh", "Content-Location", "Link", "Alt-Svc", "Uri", "Clear-Site-Data", "Strict-Transport-Security"} {
+				others += name + ": " + away + "\r\n"
+			}
+			a := scrape("HTTP/1.1 200 OK\r\n" + others + "Content-Length: 2\r\n\r\nok")
+			if string(a.body) != "ok" {
+				t.Errorf("%s: %v", kind, a)
+			}
+			for name, values := range a.header {
+				if strings.Contains(strings.Join(values, ""), "victim") {
+					t.Errorf("%s: the scraper gets %s: %q", kind, name, values)
+				}
+			}
+			<-time.After(time.Second) // The server waits that long for what it does not read.
+		})
 	}
 }
 

@@ -24,9 +24,13 @@ type knownClient struct {
 	Remote       string        `json:"remote,omitempty"`
 	Since        time.Time     `json:"since"`
 	Goodbye      bool          `json:"goodbye,omitempty"`
+	Identity     string        `json:"identity,omitempty"`
 	Announcement *Announcement `json:"announcement,omitempty"`
+	// Waits are the jobs with which another client is listed.
+	Waits []string `json:"waits,omitempty"`
 
-	order uint64
+	order  uint64
+	client *client
 }
 
 type knownClients struct {
@@ -49,7 +53,8 @@ func (r *Registry) load() error {
 		}
 	}
 	now := time.Now()
-	for _, k := range known.Clients {
+	for i := range known.Clients {
+		k := &known.Clients[i]
 		if ValidateName(k.Name) != nil || k.Announcement != nil && k.Announcement.Validate() != nil {
 			r.cfg.Logger.Warn("Client known before is not understood, and forgotten", "client", fmt.Sprintf("%.60q", k.Name))
 			continue
@@ -57,17 +62,62 @@ func (r *Registry) load() error {
 		if now.Sub(k.Since) >= r.cfg.ForgetAfter || len(r.clients) >= r.cfg.MaxClients {
 			continue
 		}
-		c := &client{name: k.Name, kind: k.Kind, version: k.Version, remote: k.Remote, since: k.Since, goodbye: k.Goodbye}
-		r.clients[k.Name] = c
-		if k.Announcement != nil {
-			r.announce(c, maphash.String(r.seed, k.Announcement.String()), k.Announcement)
+		c := &client{
+			name: k.Name, kind: k.Kind, version: k.Version, remote: k.Remote, since: k.Since, goodbye: k.Goodbye,
+			owner: owner{identity: k.Identity}, announcement: k.Announcement,
 		}
+		if a := k.Announcement; a != nil {
+			r.announcements++
+			c.order, c.owner.host = r.announcements, a.HostID
+			c.announced, c.last = maphash.String(r.seed, a.String()), make([]ScrapeStatus, len(a.Targets))
+		}
+		r.clients[k.Name], k.client = c, c
 		if !k.Goodbye {
 			r.expected[k.Name] = true
 		}
 	}
-	r.dirty.Store(false)
+	r.loadClaims(known.Clients)
 	return nil
+}
+
+// loadClaims gives the places to those that were listed, and then lets the others wait.
+func (r *Registry) loadClaims(known []knownClient) {
+	r.claimsMu.Lock()
+	defer r.claimsMu.Unlock()
+	for _, waiting := range []bool{false, true} {
+		for _, k := range known {
+			if k.client == nil || waiting && k.Waits == nil {
+				continue
+			}
+			waits := make(map[string]bool, len(k.Waits))
+			for _, job := range k.Waits {
+				waits[job] = true
+			}
+			for place := range k.Announcement.claims() {
+				if waits[place.job] == waiting {
+					r.claim(k.client, place)
+				}
+			}
+		}
+	}
+	for _, k := range known {
+		if k.client != nil {
+			r.report(k.client)
+		}
+	}
+}
+
+// waits returns the jobs with which another client is listed. The client's lock is held.
+func (r *Registry) waits(c *client) []string {
+	r.claimsMu.Lock()
+	defer r.claimsMu.Unlock()
+	var jobs []string
+	for k := range c.announcement.claims() {
+		if r.claims[k].listed != c {
+			jobs = append(jobs, k.job)
+		}
+	}
+	return jobs
 }
 
 // save writes the clients down.
@@ -79,9 +129,13 @@ func (r *Registry) save() {
 	now := time.Now()
 	for _, c := range r.all() {
 		c.mu.Lock()
+		if c.gone { // It was forgotten this moment.
+			c.mu.Unlock()
+			continue
+		}
 		k := knownClient{
 			Name: c.name, Kind: c.kind, Version: c.version, Remote: c.remote, Since: c.since, Goodbye: c.goodbye,
-			Announcement: c.announcement, order: c.order,
+			Identity: c.owner.identity, Announcement: c.announcement, Waits: r.waits(c), order: c.order,
 		}
 		if len(c.sessions) > 0 {
 			k.Since = now
@@ -165,8 +219,6 @@ func (r *Registry) forget(c *client) {
 	if len(c.sessions) > 0 {
 		return
 	}
-	r.claimsMu.Lock()
-	defer r.claimsMu.Unlock()
 	r.unclaim(c)
 	c.gone = true
 	delete(r.clients, c.name)

@@ -38,6 +38,8 @@ var (
 	ErrNoTunnel = errors.New("connected by long-poll, which has no CONNECT: set params {_scheme: [https]} and scheme: http")
 	// ErrGone: the line ended with the request on its way.
 	ErrGone = errors.New("the line to the client ended in the middle")
+	// ErrMalformed: what the client answered is no HTTP response, or more than one.
+	ErrMalformed = errors.New("the client's answer is not one HTTP response")
 )
 
 // reconnectPatience is how long a scrape waits for a line: a client's first try to connect
@@ -162,12 +164,12 @@ func (c *client) record(u *url.URL, status ScrapeStatus) {
 	c.last[best] = status
 }
 
-// portOf returns the port that a scrape is for, 0 when it is none.
+// portOf returns the port that a scrape of u is for, 0 when it is none.
 func portOf(u *url.URL) uint16 {
 	text := u.Port()
 	if text == "" {
 		text = "80"
-		if u.Query().Get(schemeParam) == "https" {
+		if u.Scheme == "https" || u.Query().Get(schemeParam) == "https" {
 			text = "443"
 		}
 	}

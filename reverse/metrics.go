@@ -29,7 +29,7 @@ func newRegistryMetrics(reg prometheus.Registerer, r *Registry) *registryMetrics
 	}
 	m := &registryMetrics{
 		duplicateSessions: counter("promferry_proxy_duplicate_sessions_total", "Sessions that began while another of the same client had lines."),
-		duplicateTargets:  counter("promferry_proxy_duplicate_targets_total", "Targets not listed because another client announced their job and instance first."),
+		duplicateTargets:  counter("promferry_proxy_duplicate_targets_total", "Targets announced and not listed because another client holds their job and instance."),
 		sessions:          counter("promferry_proxy_sessions_total", "Processes of clients that connected."),
 		ended:             counter("promferry_proxy_sessions_ended_total", "Processes of clients that said goodbye or went away."),
 		forgotten:         counter("promferry_proxy_forgotten_clients_total", "Clients that were away for so long that they are listed no more."),
@@ -62,7 +62,7 @@ type registryCollector struct{ registry *Registry }
 var (
 	clientsDesc = prometheus.NewDesc("promferry_proxy_clients", "Clients that are known; stopped are those that said goodbye.", []string{"state"}, nil)
 	severalDesc = prometheus.NewDesc("promferry_proxy_clients_with_several_sessions", "Clients that several processes have lines under the name of.", nil, nil)
-	hiddenDesc  = prometheus.NewDesc("promferry_proxy_hidden_targets", "Targets that are not listed because another client announced their job and instance first.", nil, nil)
+	hiddenDesc  = prometheus.NewDesc("promferry_proxy_hidden_targets", "Targets that are not listed because another client holds their job and instance.", nil, nil)
 	linesDesc   = prometheus.NewDesc("promferry_proxy_lines", "Lines of clients.", []string{"kind", "state"}, nil)
 	settledDesc = prometheus.NewDesc("promferry_proxy_settled", "Whether clients that were known before the start are waited for no more.", nil, nil)
 )
@@ -91,11 +91,9 @@ func (c registryCollector) Collect(ch chan<- prometheus.Metric) {
 		if len(client.sessions) > 1 {
 			several++
 		}
-		if a := client.announcement; a != nil {
-			for _, t := range a.Targets {
-				if c.registry.duplicate(client, a.Instance, t) {
-					hidden++
-				}
+		for k := range client.announcement.claims() {
+			if _, conflict := c.registry.holder(client, k); conflict {
+				hidden++
 			}
 		}
 		for _, s := range client.sessions {
@@ -128,7 +126,7 @@ func (c registryCollector) Collect(ch chan<- prometheus.Metric) {
 // results are all that can become of a scrape.
 var results = []string{
 	"success", "bad_request", "unauthorized", "unknown_client", "client_away", "no_free_line", "client_gone", "client_limit",
-	"proxy_limit", "stopping", "not_allowed", "target_down", "too_large", "timeout", "bad_answer", "no_tunnel", "broken_off", "canceled",
+	"proxy_limit", "stopping", "not_allowed", "target_down", "too_large", "timeout", "bad_answer", "no_tunnel", "broken_off", "redirect", "canceled",
 }
 
 type proxyMetrics struct {

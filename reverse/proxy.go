@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/promferry/promferry/internal/safeurl"
 )
 
 // schemeParam is the parameter by which PushProx is told to scrape over TLS.
@@ -250,6 +252,7 @@ func (p *Proxy) explain(ctx context.Context, r *http.Request, err error) *failur
 		f.result = "client_gone"
 	default:
 		f.status, f.result = http.StatusBadGateway, "bad_answer"
+		f.text = fmt.Sprintf("client %q: %.300s", name, safeurl.Line(err.Error())) // It quotes the answer.
 	}
 	return f
 }
@@ -279,6 +282,9 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	if r.Method == http.MethodConnect && status == http.StatusOK {
 		return p.tunnel(w, resp, grant), nil
 	}
+	if f := redirected(r.URL, resp); f != nil {
+		return f, nil
+	}
 	header := w.Header()
 	copyAllowed(header, resp.Header)
 	said := resp.Header.Get(HeaderError)
@@ -302,7 +308,9 @@ func (p *Proxy) scrape(ctx context.Context, w http.ResponseWriter, r *http.Reque
 }
 
 // clientErrors are what a client may say in HeaderError.
-var clientErrors = map[string]bool{"not_allowed": true, "target_down": true, "broken_off": true, "too_large": true, "timeout": true}
+var clientErrors = map[string]bool{
+	"not_allowed": true, "target_down": true, "broken_off": true, "too_large": true, "timeout": true, "redirect": true,
+}
 
 // explainBody says what an error of a body means, whose status may have been sent already.
 func (p *Proxy) explainBody(ctx context.Context, r *http.Request, err error, sent bool) *failure {
@@ -312,6 +320,8 @@ func (p *Proxy) explainBody(ctx context.Context, r *http.Request, err error, sen
 		f.status, f.result, f.text = http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("the answer is larger than %d bytes", p.cfg.MaxBytes)
 	case errors.Is(r.Context().Err(), context.Canceled):
 		f.result = "canceled"
+	case errors.Is(err, ErrMalformed):
+		f.result, f.text = "bad_answer", err.Error()
 	case ctx.Err() != nil:
 		f.status, f.result, f.text = http.StatusGatewayTimeout, "timeout", "the answer did not come to its end within the scrape's time"
 	}

@@ -104,13 +104,10 @@ type Registry struct {
 	saves    faultlog.Log
 
 	claimsMu sync.Mutex
-	claims   map[claim][]*client
-	// announcements counts them.
+	claims   map[claim]*place
+	// announcements counts the clients that announced something.
 	announcements uint64
 }
-
-// claim is what only one client may have: the first.
-type claim struct{ job, instance string }
 
 // client is all that is known of a client.
 type client struct {
@@ -128,16 +125,20 @@ type client struct {
 	kind, version, remote string
 	announced             uint64 // hash of the announcement
 	announcement          *Announcement
-	order                 uint64         // of the announcement among all
+	order                 uint64         // of its first announcement among those of all clients
 	last                  []ScrapeStatus // of each target
 	lastOther             *ScrapeStatus  // nil: none
+
+	// These are written under claimsMu and the client's lock, and read under either.
+	owner owner
+	here  bool // it has a session
 }
 
 // NewRegistry returns a registry with what its store knows.
 func NewRegistry(cfg RegistryConfig) (*Registry, error) {
 	r := &Registry{
 		cfg: cfg, seed: maphash.MakeSeed(),
-		clients: make(map[string]*client), claims: make(map[claim][]*client), expected: make(map[string]bool),
+		clients: make(map[string]*client), claims: make(map[claim]*place), expected: make(map[string]bool),
 	}
 	r.full.Logger, r.saves.Logger = cfg.Logger, cfg.Logger
 	r.metrics = newRegistryMetrics(cfg.Registerer, r)
@@ -220,8 +221,11 @@ again: // A client that was forgotten is another one when it comes back.
 	// An older session that gets another line does not say what there is.
 	if active := c.sessions[len(c.sessions)-1]; active == s {
 		c.kind, c.version, c.remote = h.Kind, h.Version, h.Remote
-		if news {
-			r.announce(c, announced, announcement)
+		if !news {
+			announced, announcement = c.announced, c.announcement
+		}
+		if id := identity(h.Grant); news || id != c.owner.identity {
+			r.announce(c, id, announced, announcement)
 		}
 		s.announced, s.announcement = c.announced, c.announcement
 	}
@@ -286,52 +290,6 @@ func (r *Registry) arrived(name string) {
 	}
 }
 
-// announce takes what a client says that it offers. The client's lock is held.
-func (r *Registry) announce(c *client, hash uint64, a *Announcement) {
-	r.claimsMu.Lock()
-	defer r.claimsMu.Unlock()
-	r.unclaim(c)
-	c.announced, c.announcement, c.last = hash, a, nil
-	r.dirty.Store(true)
-	if a == nil {
-		return
-	}
-	r.announcements++
-	c.order = r.announcements
-	c.last = make([]ScrapeStatus, len(a.Targets))
-	for _, t := range a.Targets {
-		k := claim{t.Job, a.Instance}
-		r.claims[k] = append(r.claims[k], c)
-		if first := r.claims[k][0]; first != c {
-			r.metrics.duplicateTargets.Inc()
-			r.cfg.Logger.Warn("Target is not listed, another client announced its job and instance first", "client", c.name,
-				"job", t.Job, "instance", a.Instance, "other", first.name)
-		}
-	}
-}
-
-// unclaim gives up what a client announced. Its lock, and claimsMu, are held.
-func (r *Registry) unclaim(c *client) {
-	if c.announcement == nil {
-		return
-	}
-	for _, t := range c.announcement.Targets {
-		k := claim{t.Job, c.announcement.Instance}
-		left := slices.DeleteFunc(r.claims[k], func(other *client) bool { return other == c })
-		if r.claims[k] = left; len(left) == 0 {
-			delete(r.claims, k)
-		}
-	}
-}
-
-// duplicate tells whether another client announced a target's job and instance first.
-func (r *Registry) duplicate(c *client, instance string, t Target) bool {
-	r.claimsMu.Lock()
-	defer r.claimsMu.Unlock()
-	claimants := r.claims[claim{t.Job, instance}]
-	return len(claimants) > 0 && claimants[0] != c
-}
-
 // Status returns all that is known.
 func (r *Registry) Status() ProxyStatus {
 	r.mu.RLock()
@@ -362,8 +320,12 @@ func (r *Registry) status(c *client) ClientStatus {
 	}
 	if a := c.announcement; a != nil {
 		s.Instance, s.Labels = a.Instance, a.Labels
+		s.Targets = make([]TargetStatus, len(a.Targets))
 		for i, t := range a.Targets {
-			s.Targets = append(s.Targets, TargetStatus{Target: t, Last: c.last[i], Duplicate: r.duplicate(c, a.Instance, t)})
+			s.Targets[i] = TargetStatus{Target: t, Last: c.last[i]}
+			if holder, conflict := r.holder(c, claim{t.Job, a.Instance}); holder != nil {
+				s.Targets[i].Holder, s.Targets[i].Duplicate = holder.name, conflict
+			}
 		}
 	}
 	return s

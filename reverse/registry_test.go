@@ -503,6 +503,7 @@ func TestAnnouncement(t *testing.T) {
 		`{"instance":"x","targets":[{"job":"a","port":1,"path":"/","query":"_scheme=https"}]}`,
 		`{"instance":"x","targets":[{"job":"a","port":1,"path":"/"},{"job":"a","port":2,"path":"/"}]}`,
 		`{"instance":"x","targets":[{"job":"a","port":1,"path":"/"},{"job":"b","port":1,"path":"/","scheme":"https"}]}`,
+		`{"instance":"x","host_id":"x"}`, `{"instance":"x","host_id":"` + strings.Repeat("A", 32) + `"}`, `{"instance":"x","host_id":"` + strings.Repeat("a", 33) + `"}`,
 		`{"instance":"x","labels":{"a":"` + strings.Repeat("x", MaxAnnouncement) + `"}}`,
 	} {
 		if a, err := ParseAnnouncement(bad); err == nil {

@@ -19,6 +19,7 @@ type Session struct {
 	ready    bool      // a line has been free
 	empty    time.Time // when the last line ended, while there is none
 	goodbye  bool
+	revoked  bool
 	// What this process announced, with the hash of it.
 	announced    uint64
 	announcement *Announcement
@@ -59,6 +60,7 @@ func (c *client) join(r *Registry, h Hello) (*Session, *Refusal) {
 				"remote", h.Remote, "other_remote", c.remote)
 		} else {
 			c.since = time.Now()
+			r.present(c, true)
 			r.cfg.Logger.Info("Client connected", "client", c.name, "kind", h.Kind, "identity", identity(h.Grant), "remote", h.Remote)
 		}
 		r.metrics.sessions.Inc()
@@ -127,6 +129,32 @@ func (s *Session) Leave(l Line) {
 	}
 }
 
+// Revoke ends the sessions of clients that are not valid any more, so that others may have their
+// names. It must be called before the Revoke of what makes lines, which closes theirs.
+func (r *Registry) Revoke(valid func(g Grant, name string) bool) {
+	for _, c := range r.all() {
+		c.mu.Lock()
+		for _, s := range slices.Clone(c.sessions) { // end takes it out.
+			if s.grant == nil || valid(s.grant, c.name) {
+				continue
+			}
+			s.revoked = true
+			if s.lines > 0 {
+				s.empty = time.Now()
+			}
+			s.end()
+		}
+		c.mu.Unlock()
+	}
+}
+
+// Revoked tells whether Revoke has ended the session. No line of it is used any more.
+func (s *Session) Revoked() bool {
+	s.client.mu.Lock()
+	defer s.client.mu.Unlock()
+	return s.revoked
+}
+
 // Name returns the client's name.
 func (s *Session) Name() string { return s.client.name }
 
@@ -153,6 +181,7 @@ func (s *Session) end() {
 	}
 	c.sessions = nil
 	c.since, c.goodbye = s.empty, s.goodbye
+	s.registry.present(c, false)
 	s.registry.dirty.Store(true)
 	s.registry.cfg.Logger.Info("Client went away", "client", c.name, "goodbye", s.goodbye)
 }
@@ -182,7 +211,7 @@ func (c *client) connected() bool {
 // adopt takes what the session that is scraped now announced for what the client offers.
 func (c *client) adopt() {
 	if s := c.active(); s != nil && s.announced != c.announced {
-		s.registry.announce(c, s.announced, s.announcement)
+		s.registry.announce(c, identity(s.grant), s.announced, s.announcement)
 	}
 }
 

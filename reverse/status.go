@@ -37,8 +37,11 @@ type ClientStatus struct {
 type TargetStatus struct {
 	Target
 	Last ScrapeStatus
-	// Duplicate tells that another client announced the same job and instance first, so
-	// that this one is not listed for service discovery.
+	// Holder is the client that is listed for service discovery with the same job and
+	// instance; "" when this one is.
+	Holder string
+	// Duplicate tells that this is a conflict. It is none when this client is not connected,
+	// and Holder is the same node under another name.
 	Duplicate bool
 }
 

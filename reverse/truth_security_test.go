@@ -207,6 +207,59 @@ func TestR1HostileStatus(t *testing.T) {
 	}
 }
 
+// TestR1MalformedResponse: a response over long-poll that is none, or more than one, is bad_answer at
+// once. Where some of it is out already, the scraper's answer breaks off.
+func TestR1MalformedResponse(t *testing.T) {
+	body := strings.Repeat("m 1\n", 50_000)
+	small := "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 4\r\n\r\nm 1\n"
+	large := fmt.Sprintf("HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	for name, tt := range map[string]struct {
+		said  string
+		large bool
+	}{
+		"no status line":           {"Id: ID\r\n\r\nm 1\n", false},
+		"a status below 100":       {strings.Replace(small, "200", "099", 1), false},
+		"a broken header":          {strings.Replace(small, "\r\n\r\n", "\r\nA b\r\n\r\n", 1), false},
+		"more than its length":     {small + "m 2\n", false},
+		"two":                      {small + small, false},
+		"two large ones":           {large + large, true},
+		"large, more than it says": {large + "m", true},
+	} {
+		for _, early := range []bool{true, false} { // The ID as a header of the request, as our clients have it.
+			t.Run(fmt.Sprint(name, " early ", early), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					w := newWorld(t, newPipes(), options{})
+					poll, push := w.raw(), w.raw()
+					poll.poll(clientName, anySession)
+					synctest.Wait()
+					done := make(chan answer)
+					go func() { done <- w.scrape("http://web-1:9100/metrics", 5*time.Second) }()
+					id, more := poll.polled().Header.Get("Id"), ""
+					if early {
+						more = "Id: " + id + "\r\n"
+					}
+					began := time.Now()
+					go func() { _, _ = io.Copy(io.Discard, push) }()
+					push.push(strings.ReplaceAll(tt.said, "ID", id), more)
+					switch a := <-done; {
+					case tt.large && (a.broken == nil || len(a.body) >= len(body)):
+						t.Errorf("the scraper sees a clean end: %v", a)
+					case !tt.large && (a.status != http.StatusBadGateway || a.header.Get(reverse.HeaderError) != "bad_answer"):
+						t.Errorf("got %v", a)
+					}
+					if took := time.Since(began); took != 0 {
+						t.Errorf("only after %v", took)
+					}
+					if n := w.metric("promferry_proxy_scrapes_total", "result", "bad_answer"); n != 1 {
+						t.Errorf("counted %v times", n)
+					}
+					<-time.After(time.Second) // The server waits that long for what it does not read.
+				})
+			})
+		}
+	}
+}
+
 // TestR2EachFailureHasItsName: each fault has its own status, header and metric label.
 func TestR2EachFailureHasItsName(t *testing.T) {
 	release := make(chan struct{})

@@ -112,7 +112,7 @@ func (s *Scraper) Scrape(ctx context.Context, t Target) (body []byte, contentTyp
 		}
 		r = gz
 	default:
-		return fail(ReasonNotMetrics, fmt.Errorf("unexpected content encoding %.200q", encoding))
+		return fail(ReasonNotMetrics, fmt.Errorf("unexpected content encoding %q", httpclient.Shown(resp, encoding)))
 	}
 	// One byte over the limit tells a body that is too large from one that just fits.
 	body, err = io.ReadAll(io.LimitReader(r, s.MaxBytes+1))

@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -36,6 +38,34 @@ func scrape(t *testing.T, address string) ([]byte, string, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	return s.Scrape(ctx, target.Target{Job: "node", URL: u})
+}
+
+// TestErrorShowsNoCredential has a target that answers with the credentials that it was sent.
+func TestErrorShowsNoCredential(t *testing.T) {
+	for name, answer := range map[string]string{
+		"encoding":  "HTTP/1.1 200 OK\r\nContent-Encoding: canary-token\r\n\r\n",
+		"no HTTP":   "HTTP/1.1 canary-token\r\n\r\n",
+		"a trailer": "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\ncanary-token\r\n\r\n",
+	} {
+		server := httptest.NewServer(raw(answer))
+		file := filepath.Join(t.TempDir(), "http.yml")
+		if err := os.WriteFile(file, []byte("authorization: {credentials: canary-token}"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		client, err := httpclient.New("scrape", file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u, err := url.Parse(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = (&target.Scraper{Client: client, MaxBytes: limit}).Scrape(t.Context(), target.Target{Job: "node", URL: u})
+		server.Close()
+		if err == nil || !strings.Contains(err.Error(), `"..."`) && !strings.Contains(err.Error(), ": ...") || strings.Contains(err.Error(), "canary") {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
 }
 
 func gzipped(b []byte) []byte {

@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -157,7 +156,7 @@ func (a *agentCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return nil
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
-	web := newWeb(listener, s.WebConfigFile.value, registry, r.reload, func() page.AgentStatus {
+	web := newWeb(listener, s, registry, r.reload, func() page.AgentStatus {
 		return reversePull.status(s.Instance.value, a.forwarding(forward))
 	}, logger)
 	return a.serve(ctx, forward, deliver, reversePull, web, r, notifier, logger)
@@ -217,11 +216,17 @@ func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logg
 		Version:        version.Version,
 		Logger:         logger,
 		Registerer:     r,
-		GatewayAt:      func(u *url.URL) forwarder.Gateway { return pushgw.New(u, push) },
+		Shown:          scrape.Shown,
 	}
+	var urls []*url.URL
 	for _, u := range s.PushUrls.value {
 		cfg.Gateways = append(cfg.Gateways, pushgw.New(u.URL, push))
+		urls = append(urls, u.URL)
 	}
+	// The credentials are not for a Pushgateway that was configured once, or for whatever a
+	// changed ledger names.
+	former := push.CredentialsFor(urls...)
+	cfg.GatewayAt = func(u *url.URL) forwarder.Gateway { return pushgw.New(u, former) }
 	for _, l := range s.PushLabels.value {
 		cfg.Labels[l.name] = l.value
 	}
@@ -231,31 +236,24 @@ func (a *agentCommand) config(scrape, push *httpclient.Client, logger *slog.Logg
 	return cfg
 }
 
-// machineIDFile has the host's identity, see machine-id(5).
-var machineIDFile = "/etc/machine-id"
-
 // ledger returns where the groups that are put are noted; nil, and why, when the host cannot
 // be told from a copy of it.
 func (a *agentCommand) ledger() (*forwarder.Ledger, error) {
-	id, err := os.ReadFile(machineIDFile)
+	id, err := machineID()
 	if err != nil {
 		return nil, fmt.Errorf("%w; in a container, mount the host's there, to be read only", err)
 	}
-	l, err := forwarder.NewLedger(a.settings.StateDir.value, a.settings.LockFile.value, string(id))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", machineIDFile, err)
-	}
-	return l, nil
+	return forwarder.NewLedger(a.settings.StateDir.value, a.settings.LockFile.value, id)
 }
 
-// lock takes the lock, in a state directory that it makes when there is none.
+// lock takes the lock, by default in the state directory.
 func (a *agentCommand) lock() (*lockfile.Lock, error) {
 	s := a.settings
-	if dir := filepath.Dir(s.LockFile.value); dir == filepath.Clean(s.StateDir.value) {
-		if err := os.MkdirAll(dir, 0o750); err != nil {
-			return nil, fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
-		}
+	dir, err := openState(s.StateDir)
+	if err != nil {
+		return nil, err
 	}
+	_ = dir.Close()
 	lock, err := lockfile.Acquire(s.LockFile.value)
 	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
 		return nil, fmt.Errorf("another agent runs on this host: %w", held)

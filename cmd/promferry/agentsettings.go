@@ -58,6 +58,8 @@ type agentSettings struct {
 	LockFile         *setting[string]              `split_words:"true"`
 	WebListenAddress *setting[string]              `split_words:"true"`
 	WebConfigFile    *setting[string]              `split_words:"true"`
+	WebExternalURL   *setting[siteURL]             `split_words:"true"`
+	WebLifecycle     *setting[bool]                `envconfig:"WEB_ENABLE_LIFECYCLE"`
 	LogLevel         *setting[string]              `split_words:"true"`
 	LogFormat        *setting[string]              `split_words:"true"`
 }
@@ -82,9 +84,9 @@ func newAgentSettings() *agentSettings {
 		PushHTTPConfig:   text("push.http-config", "", "Prometheus http_config file for the way to the Pushgateways."),
 		ScrapeTimeout:    duration("scrape.timeout", 0, "How long a scrape may take. 0s: 10s, or the interval when that is shorter."),
 		ScrapeMaxBytes:   size("scrape.max-bytes", 64*units.MiB, "Up to which size an exposition is read, decompressed."),
-		ScrapeHTTPConfig: text("scrape.http-config", "", "Prometheus http_config file for the way to the targets."),
+		ScrapeHTTPConfig: text("scrape.http-config", "", "Prometheus http_config file for scrapes of the targets. What --pull.allow adds is scraped without its credentials."),
 		PullTargets:      listOf("pull.target", "What the proxies may scrape here, and its job label, as job=URL. Without any target set, with a proxy, it is what is pushed by default.", nil, target.Parse),
-		PullAllows:       listOf("pull.allow", "What else the proxies may scrape on this host: a port, a path, both (9100/metrics), or any.", nil, parseAllowance),
+		PullAllows:       listOf("pull.allow", "What else the proxies may scrape on this host, without credentials: a port, a path, both (9100/metrics), or any.", nil, parseAllowance),
 		PullMaxBytes:     size("pull.max-bytes", 256*units.MiB, "Up to which size the answer of a pull target is passed on, as it comes."),
 		ProxyUrls:        listOf("proxy-url", "URL of a proxy (promferry proxy, or PushProx's): lines are kept open to each.", nil, parseProxyURL),
 		ProxyHTTPConfig:  text("proxy.http-config", "", "Prometheus http_config file for the way to the proxies."),
@@ -96,6 +98,8 @@ func newAgentSettings() *agentSettings {
 		LockFile:         text("lock.file", "", `Lock that keeps a second agent from running. "": agent.pid in the state directory.`),
 		WebListenAddress: text("web.listen-address", "127.0.0.1:9099", "Address to listen on for /metrics, /-/healthy, /-/ready and /-/reload."),
 		WebConfigFile:    text("web.config.file", "", "Prometheus web configuration file, for TLS and authentication of that address."),
+		WebExternalURL:   externalURL(),
+		WebLifecycle:     enableLifecycle(),
 		LogLevel:         logLevel(),
 		LogFormat:        logFormat(),
 	}
@@ -108,6 +112,7 @@ func (s *agentSettings) all() []anySetting {
 		s.PushOnStop, s.PushFormat, s.PushHTTPConfig, s.ScrapeTimeout, s.ScrapeMaxBytes, s.ScrapeHTTPConfig,
 		s.PullTargets, s.PullAllows, s.PullMaxBytes, s.ProxyUrls, s.ProxyHTTPConfig, s.Fqdn,
 		s.MetricKeep, s.MetricDrop, s.Instance, s.StateDir, s.LockFile, s.WebListenAddress, s.WebConfigFile,
+		s.WebExternalURL, s.WebLifecycle,
 		s.LogLevel, s.LogFormat,
 	}
 }
@@ -171,7 +176,7 @@ func (s *agentSettings) checkPull() []error {
 	}
 	var errs []error
 	if s.Fqdn.value == "" {
-		s.Fqdn.value = hostFQDN()
+		s.Fqdn.value = hostFQDN(net.DefaultResolver)
 		if s.Fqdn.value == "localhost" || s.Fqdn.value == "unknown" || s.Fqdn.value == "" {
 			errs = append(errs, s.Fqdn.fault(fmt.Errorf("this host's own name is %q, as that of others may be: set one that no other host has", s.Fqdn.value)))
 		}
@@ -194,31 +199,35 @@ func (s *agentSettings) checkPull() []error {
 		}
 		mapped[u] = t.Job
 	}
-	labels := make(map[string]string)
-	for _, l := range s.PushLabels.value {
-		labels[l.name] = l.value
-	}
-	if err := (&reverse.Announcement{Instance: cmp.Or(s.Instance.value, "x"), Labels: labels}).Validate(); err != nil && len(s.PullTargets.value) > 0 {
+	all := announcement(s)
+	if err := (&reverse.Announcement{Instance: cmp.Or(s.Instance.value, "x"), Labels: all.Labels}).Validate(); err != nil && len(s.PullTargets.value) > 0 {
 		errs = append(errs, s.PushLabels.fault(err))
 	}
 	errs = append(errs, twice(s.PullTargets, func(t target.Target) string { return t.Job }, "two targets have the job %q: their series would be the same")...)
+	if len(errs) == 0 && s.Instance.value != "" {
+		if err := all.Validate(); err != nil {
+			errs = append(errs, s.PullTargets.fault(err))
+		} else if size := len(all.String()); size > reverse.MaxAnnouncement {
+			errs = append(errs, s.PullTargets.fault(fmt.Errorf("too many to announce: %d bytes, at most %d", size, reverse.MaxAnnouncement)))
+		}
+	}
 	return append(errs, twice(s.ProxyUrls, func(u proxyURL) string { return strings.TrimRight(u.String(), "/") }, "the proxy %s stands there twice")...)
 }
 
 // hostFQDN returns the host's fully qualified name, or what it has.
-func hostFQDN() string {
+func hostFQDN(resolver *net.Resolver) string {
 	hostname, err := os.Hostname()
 	if err != nil || strings.Contains(hostname, ".") {
 		return hostname
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	if name, err := net.DefaultResolver.LookupCNAME(ctx, hostname); err == nil && strings.HasPrefix(name, hostname+".") {
+	if name, err := resolver.LookupCNAME(ctx, hostname); err == nil && strings.HasPrefix(name, hostname+".") {
 		return strings.TrimSuffix(name, ".")
 	}
-	addresses, _ := net.DefaultResolver.LookupHost(ctx, hostname)
+	addresses, _ := resolver.LookupHost(ctx, hostname)
 	for _, address := range addresses {
-		names, _ := net.DefaultResolver.LookupAddr(ctx, address)
+		names, _ := resolver.LookupAddr(ctx, address)
 		for _, name := range names {
 			if strings.HasPrefix(name, hostname+".") {
 				return strings.TrimSuffix(name, ".")

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"time"
 
 	"github.com/alecthomas/kingpin/v2"
@@ -111,10 +110,9 @@ func (e *expireCommand) sweepUntilStopped(ctx context.Context, in *invocation) e
 
 // serve sweeps and answers requests until ctx ends.
 func (e *expireCommand) serve(ctx context.Context, expirer *expiry.Expirer, listener net.Listener, registry *prometheus.Registry, r *reloader, notifier *notifier, logger *slog.Logger) error {
-	admin := newAdmin("expire", r.reload)
+	admin := newAdmin("expire", e.settings.WebLifecycle.value, r.reload)
 	admin.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
-	// A page of another site that somebody on this host looks at must not reload.
-	web := newServer(listener, e.settings.WebConfigFile.value, http.NewCrossOriginProtection().Handler(admin), logger)
+	web := newServer(listener, e.settings.WebConfigFile.value, e.settings.WebExternalURL.value, admin, logger)
 	web.http.ReadTimeout, web.http.WriteTimeout = 30*time.Second, time.Minute
 	logger.Info("Starting promferry expire", "version", version.Version, "gateways", e.gateways.PushUrls.String())
 	group, groupCtx := errgroup.WithContext(ctx)

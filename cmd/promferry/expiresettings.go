@@ -47,6 +47,8 @@ type expireSettings struct {
 	ForgetAfter      *setting[model.Duration] `split_words:"true"`
 	WebListenAddress *setting[string]         `split_words:"true"`
 	WebConfigFile    *setting[string]         `split_words:"true"`
+	WebExternalURL   *setting[siteURL]        `split_words:"true"`
+	WebLifecycle     *setting[bool]           `envconfig:"WEB_ENABLE_LIFECYCLE"`
 	LogLevel         *setting[string]         `split_words:"true"`
 	LogFormat        *setting[string]         `split_words:"true"`
 }
@@ -59,6 +61,8 @@ func newExpireSettings() *expireSettings {
 		ForgetAfter:      duration("forget-after", 24*time.Hour, "How long after it was put down a group is deleted whose owner stays silent."),
 		WebListenAddress: text("web.listen-address", "127.0.0.1:9098", "Address to listen on for /metrics, /-/healthy, /-/ready and /-/reload."),
 		WebConfigFile:    text("web.config.file", "", "Prometheus web configuration file, for TLS and authentication of that address."),
+		WebExternalURL:   externalURL(),
+		WebLifecycle:     enableLifecycle(),
 		LogLevel:         logLevel(),
 		LogFormat:        logFormat(),
 	}
@@ -66,7 +70,7 @@ func newExpireSettings() *expireSettings {
 
 // all returns the settings in the order of --help.
 func (s *expireSettings) all() []anySetting {
-	return []anySetting{s.SweepInterval, s.ForgetAfter, s.WebListenAddress, s.WebConfigFile, s.LogLevel, s.LogFormat}
+	return []anySetting{s.SweepInterval, s.ForgetAfter, s.WebListenAddress, s.WebConfigFile, s.WebExternalURL, s.WebLifecycle, s.LogLevel, s.LogFormat}
 }
 
 // check returns all that is wrong.

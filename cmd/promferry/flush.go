@@ -9,6 +9,7 @@ import (
 
 	"github.com/alecthomas/kingpin/v2"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/internal/safeurl"
 	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
@@ -47,7 +48,12 @@ func (f *flushCommand) run(in *invocation) (int, error) {
 	}
 	defer func() { _ = box.Close() }()
 	if f.list {
-		return 0, printList(in.stdout, box)
+		hide := func(text string) string { return text }
+		// An older version kept what a Pushgateway said as it came.
+		if client, err := httpclient.New("push", f.push.PushHTTPConfig.value); err == nil {
+			hide = client.Hide
+		}
+		return 0, printList(in.stdout, box, hide)
 	}
 	return f.flush(in.context(), in, box)
 }
@@ -94,8 +100,8 @@ func (f *flushCommand) flush(ctx context.Context, in *invocation, box *outbox.Ou
 	return status, nil
 }
 
-// printList prints a line for each entry.
-func printList(w io.Writer, box *outbox.Outbox) error {
+// printList prints a line for each entry. Hide hides credentials in why one was refused.
+func printList(w io.Writer, box *outbox.Outbox, hide func(string) string) error {
 	all, err := box.List()
 	if err != nil {
 		return err
@@ -123,7 +129,7 @@ func printList(w io.Writer, box *outbox.Outbox) error {
 	}
 	for _, l := range all {
 		if l.Rejected != "" {
-			_, _ = fmt.Fprintf(w, "\n%s\n  %s\n", l.Path, safeurl.Line(l.Rejected))
+			_, _ = fmt.Fprintf(w, "\n%s\n  %s\n", l.Path, safeurl.Line(hide(l.Rejected)))
 		}
 	}
 	return nil

@@ -17,7 +17,6 @@ import (
 	"github.com/promferry/promferry/gateway/page"
 	"github.com/promferry/promferry/internal/access"
 	"github.com/promferry/promferry/internal/httpclient"
-	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/lockfile"
 )
 
@@ -66,12 +65,12 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		return err
 	}
 	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value}})
-	dir, err := statedir.Open(s.StateDir.value)
+	dir, err := openState(s.StateDir)
 	if err != nil {
-		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
+		return err
 	}
 	defer func() { _ = dir.Close() }()
-	lock, err := lockfile.Acquire(dir.Path("gateway.pid"))
+	lock, err := lockfile.AcquireIn(dir, "gateway.pid")
 	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
 		return fmt.Errorf("another gateway has this state directory: %w", held)
 	} else if err != nil {
@@ -101,13 +100,12 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		return errors.Join(validateWebConfig(s.WebConfigFile.value), refuseUsersBeside(s.AuthFile.value, s.WebConfigFile.value), guard.Reload())
 	})
 	r.before, r.after = notifier.reloading, notifier.ready
-	admin := newAdmin("gateway", r.reload)
+	admin := newAdmin("gateway", s.WebLifecycle.value, r.reload)
 	listener, err := httpclient.ListenConfig(gatewayKeepAlive).Listen(ctx, "tcp", s.WebListenAddress.value)
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.WebListenAddress.name(), err)
 	}
-	// A page of another site that somebody looks at must not push.
-	server := newServer(listener, s.WebConfigFile.value, http.NewCrossOriginProtection().Handler(gatewayHandler(g, admin, guard, logger)), logger)
+	server := newServer(listener, s.WebConfigFile.value, s.WebExternalURL.value, gatewayHandler(g, admin, guard, logger), logger)
 	// The gateway sets times of its own for what takes longer.
 	server.http.ReadTimeout, server.http.WriteTimeout = 30*time.Second, time.Minute
 	if err := server.cacheConfig("gateway", "web", registry); err != nil {

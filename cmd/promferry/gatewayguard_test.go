@@ -124,7 +124,7 @@ func TestGatewayByCertificate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := newServer(listener, path("web.yml"), g, logger)
+	server := newServer(listener, path("web.yml"), siteURL{}, g, logger)
 	if err := server.cacheConfig("gateway", "web", registry); err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,8 @@ const defaultGatewayStateDir = "/var/lib/promferry-gateway"
 type gatewayServerSettings struct {
 	WebListenAddress  *setting[string]           `split_words:"true"`
 	WebConfigFile     *setting[string]           `split_words:"true"`
+	WebExternalURL    *setting[siteURL]          `split_words:"true"`
+	WebLifecycle      *setting[bool]             `envconfig:"WEB_ENABLE_LIFECYCLE"`
 	WebEnableAdminAPI *setting[bool]             `envconfig:"WEB_ENABLE_ADMIN_API"`
 	AuthFile          *setting[string]           `split_words:"true"`
 	ExpireDefault     *setting[model.Duration]   `split_words:"true"`
@@ -41,6 +43,8 @@ func newGatewayServerSettings() *gatewayServerSettings {
 	return &gatewayServerSettings{
 		WebListenAddress:  text("web.listen-address", ":9091", "Address to listen on: for pushes, for scrapes of /metrics and of /groups/, and for /sd."),
 		WebConfigFile:     text("web.config.file", "", "Prometheus web configuration file, for TLS of that address; and basic_auth_users, unless there is --auth.file."),
+		WebExternalURL:    externalURL(),
+		WebLifecycle:      enableLifecycle(),
 		WebEnableAdminAPI: toggle("web.enable-admin-api", "Let everybody who may push to every group delete them all at once, by a PUT to /api/v1/admin/wipe."),
 		AuthFile:          text("auth.file", "", `File that says who may push to which groups, and who may read. "": everybody.`),
 		ExpireDefault:     duration("expire.default", 0, "How long after its last push a group goes silent that has no promferry_expires_after_seconds. 0s: never."),
@@ -58,7 +62,7 @@ func newGatewayServerSettings() *gatewayServerSettings {
 
 func (s *gatewayServerSettings) all() []anySetting {
 	return []anySetting{
-		s.WebListenAddress, s.WebConfigFile, s.WebEnableAdminAPI, s.AuthFile, s.ExpireDefault, s.ForgetAfter,
+		s.WebListenAddress, s.WebConfigFile, s.WebExternalURL, s.WebLifecycle, s.WebEnableAdminAPI, s.AuthFile, s.ExpireDefault, s.ForgetAfter,
 		s.LimitBodyBytes, s.LimitGroupBytes, s.LimitTotalBytes, s.LimitGroupSeries, s.LimitGroups, s.StateDir, s.LogLevel, s.LogFormat,
 	}
 }

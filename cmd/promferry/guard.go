@@ -34,9 +34,6 @@ func granted(grant access.Grant, err error, r *http.Request, logger *slog.Logger
 	if err != nil {
 		return nil, refusal(err, r, logger)
 	}
-	if grant.Identity() == "" {
-		return nil, nil //nolint:nilnil // Nobody is asked for anything.
-	}
 	return grant, nil
 }
 

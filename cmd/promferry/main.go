@@ -60,6 +60,8 @@ type invocation struct {
 	stdin, stdout, stderr *os.File
 	// unknown are faults, of variables of ours in the environment that no command has.
 	unknown []error
+	// ignored and unusable are what settleRootEnvironment returned.
+	ignored, unusable error
 }
 
 // context returns a context that a signal to end ends; a second one kills.
@@ -79,6 +81,10 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 	app.Interspersed(len(args) == 0 || args[0] != "run")
 	app.Version(version.Print("promferry"))
 	app.VersionFlag.Hidden()
+	var ignored, unusable error
+	if len(args) > 0 && args[0] == "record" && os.Geteuid() == 0 {
+		ignored, unusable = settleRootEnvironment() // Before anything looks at it.
+	}
 	commands, known := newCommands(app)
 	// kingpin would let a command have either commands of its own or a meaning of its own.
 	if words := strings.Fields(pruneName); len(args) >= 2 && slices.Equal(args[:2], words) {
@@ -100,8 +106,15 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 		}
 		err = usageError{fmt.Errorf("%w; see %s", err, help)}
 	} else {
-		in := &invocation{stdin: stdin, stdout: stdout, stderr: stderr, unknown: unknownVariables(known, selected)}
-		status, err = commands[named(selected)].run(in)
+		in := &invocation{stdin: stdin, stdout: stdout, stderr: stderr, unknown: unknownVariables(known, selected), ignored: ignored, unusable: unusable}
+		c := commands[named(selected)]
+		_, settings := c.sets()
+		for _, s := range settings {
+			if warning := s.renamed(); warning != "" {
+				_, _ = fmt.Fprintf(stderr, "promferry: warning: %s\n", warning)
+			}
+		}
+		status, err = c.run(in)
 	}
 	if err == nil {
 		return status
@@ -155,7 +168,7 @@ func newCommands(app *kingpin.Application) (commands []command, known map[string
 		specs, settings := c.sets()
 		readEnvironment(specs)
 		for _, s := range settings {
-			known[s.env()] = true
+			known[s.env()], known[s.formerEnv()] = true, true
 			s.register(app.GetCommand(c.name()))
 		}
 	}

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
+	"html"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,6 +31,9 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"promferry": func() {
 		machineIDFile = os.Getenv("MACHINE_ID_FILE")
+		agentDefaultsFile = cmp.Or(os.Getenv("AGENT_DEFAULTS_FILE"), "/nowhere")
+		batchDefaultsFile = cmp.Or(os.Getenv("BATCH_DEFAULTS_FILE"), "/nowhere")
+		systemctlPath = cmp.Or(os.Getenv("SYSTEMCTL"), systemctlPath)
 		main()
 	}})
 }
@@ -35,11 +41,17 @@ func TestMain(m *testing.M) {
 // TestScripts runs the scripts in testdata. Each has in $EXPORTER the address of an
 // exporter, in $GATEWAY that of a Pushgateway that writes what it is asked to the file
 // puts and lists what the file groups.json has, in $HANGING that of one that writes that it was asked to the file hanging and never
-// answers, in $REFUSING that of one that refuses all, and in $CLOSED one where nothing
-// listens.
+// answers, in $REFUSING that of one that refuses all, in $ECHOING that of an echo, and in
+// $CLOSED one where nothing listens.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
+		Condition: func(name string) (bool, error) {
+			if name != "root" {
+				return false, fmt.Errorf("no such condition: %s", name)
+			}
+			return os.Geteuid() == 0, nil
+		},
 		Setup: func(env *testscript.Env) error {
 			exporter := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if user, password, _ := r.BasicAuth(); r.URL.Path == "/secret" && (user != "me" || password != "canary") {
@@ -86,6 +98,8 @@ func TestScripts(t *testing.T) {
 				http.Error(w, "no such luck", http.StatusBadRequest)
 			}))
 			env.Defer(refusing.Close)
+			echoing := httptest.NewServer(echo(filepath.Join(env.WorkDir, "echoing")))
+			env.Defer(echoing.Close)
 			closed := httptest.NewServer(nil)
 			closed.Close()
 			machineID := filepath.Join(env.WorkDir, "machine-id")
@@ -93,17 +107,71 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			env.Setenv("MACHINE_ID_FILE", machineID)
+			previous, err := filepath.Abs(filepath.Join("testdata", "previous"))
+			if err != nil {
+				return err
+			}
+			env.Setenv("PREVIOUS", previous)
 			env.Setenv("GORACE", "atexit_sleep_ms=0") // A second, else, at each end of a process.
 			env.Setenv("EXPORTER", exporter.URL)
 			env.Setenv("GATEWAY", gateway.URL)
 			env.Setenv("HANGING", hanging.URL)
 			env.Setenv("REFUSING", refusing.URL)
+			env.Setenv("ECHOING", echoing.URL)
 			env.Setenv("CLOSED", closed.URL)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "signal": sendSignal, "post": post, "get": get, "put": put, "delete": del, "lacks": lacks, "gone": gone,
+			"waitfor": waitFor, "scrape": scrape, "scrapefile": scrapeFile, "raw": raw, "signal": sendSignal, "post": post, "get": get, "put": put, "delete": del, "lacks": lacks, "gone": gone,
 		},
+	})
+}
+
+// echo returns a server that notes in a file each request and its credentials, and shows these in
+// its answer in many ways. The first part of a path says how: a status; private, for 401 without
+// credentials and else 200; malformed, for what is not HTTP; redirect; metrics, for an exposition
+// that is not one; token, for an OAuth 2 token.
+func echo(file string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		authorization := r.Header.Get("Authorization")
+		_, password, _ := r.BasicAuth()
+		other := r.Header.Get("X-Key")
+		mode, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+		if mode == "token" {
+			other = r.FormValue("client_secret")
+		}
+		if f, err := os.OpenFile(file, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600); err == nil {
+			_, _ = fmt.Fprintf(f, "%s %s %q\n", r.Method, r.URL.Path, authorization)
+			_ = f.Close()
+		}
+		_, bare, _ := strings.Cut(authorization, " ")
+		shown := fmt.Sprintf("you sent %s, %s, %s, %s, %q, %s", authorization, bare, password, url.QueryEscape(password+" "+bare), html.EscapeString(password), other)
+		if shown == `you sent , , , +, "", ` {
+			shown = "you sent nothing"
+		}
+		status, err := strconv.Atoi(mode)
+		switch {
+		case err == nil:
+			http.Error(w, shown, status)
+		case mode == "private" && authorization == "":
+			http.Error(w, shown, http.StatusUnauthorized)
+		case mode == "malformed":
+			if conn, _, err := w.(http.Hijacker).Hijack(); err == nil {
+				_, _ = fmt.Fprintf(conn, "HTTP/1.1 %s%s%s\r\n\r\n", bare, password, password)
+				_ = conn.Close()
+			}
+		case mode == "redirect":
+			w.Header().Set("Location", "http://["+bare)
+			w.WriteHeader(http.StatusTemporaryRedirect)
+		case mode == "metrics":
+			w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+			_, _ = fmt.Fprintf(w, "# TYPE a gauge\na %s\n", cmp.Or(password, bare))
+		case mode == "token" && strings.HasSuffix(r.URL.Path, "/refuses"):
+			http.Error(w, shown, http.StatusBadRequest)
+		case mode == "token":
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = io.WriteString(w, `{"access_token":"canary-token","token_type":"Bearer","expires_in":3600}`)
+		}
 	})
 }
 
@@ -204,6 +272,7 @@ func request(ts *testscript.TestScript, neg bool, method string, args []string) 
 		name, value, _ := strings.Cut(header, "=")
 		req.Header.Set(name, value)
 	}
+	req.Host = req.Header.Get("Host")
 	resp, err := (&http.Client{Timeout: patience}).Do(req)
 	ts.Check(err)
 	defer func() { _ = resp.Body.Close() }()
@@ -213,6 +282,22 @@ func request(ts *testscript.TestScript, neg bool, method string, args []string) 
 	if neg == (resp.StatusCode < 400) {
 		ts.Fatalf("status %d: %s", resp.StatusCode, b)
 	}
+}
+
+// raw sends lines, and an empty one, to the address in a log and prints what is answered until the
+// connection ends: raw LOG LINE...
+func raw(ts *testscript.TestScript, _ bool, args []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", listening(ts, args[0]))
+	ts.Check(err)
+	defer func() { _ = conn.Close() }()
+	ts.Check(conn.SetDeadline(time.Now().Add(patience)))
+	_, err = io.WriteString(conn, strings.Join(args[1:], "\r\n")+"\r\n\r\n")
+	ts.Check(err)
+	b, err := io.ReadAll(conn)
+	ts.Check(err)
+	_, _ = ts.Stdout().Write(bytes.ReplaceAll(b, []byte("\r\n"), []byte("\n")))
 }
 
 // lacks fails when a file has a text: lacks FILE TEXT.
@@ -308,9 +393,10 @@ URL is written %2C). A variable that is set but empty counts as not set. Times a
 
 The agent, the proxy, the gateway and expire refuse a variable that begins with PROMFERRY_ and is none of
 these, and whatever is wrong. The commands that run in a job, or for one, only tell of a wrong or unknown
-variable and go on without it; a wrong flag they refuse.
+variable and go on without it; a wrong flag they refuse. As root, record takes no variable from the unit's
+environment, but those in /etc/default/promferry-agent.
 
-The files that their settings name are read again on SIGHUP and on a POST to /-/reload;
+The files that their settings name are read again on SIGHUP and, with --web.enable-lifecycle, on a POST to /-/reload;
 flags and variables need a restart. A bad file changes nothing, and says so in the log and
 in promferry_agent_last_reload_successful (promferry_proxy_..., promferry_gateway_..., promferry_expiry_...).
 `)

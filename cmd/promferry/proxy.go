@@ -100,12 +100,12 @@ func (p *proxyCommand) serveUntilStopped(ctx context.Context, in *invocation) er
 		return err
 	}
 	registry.MustRegister(credentialsCollector{webConfigs: []string{s.WebConfigFile.value, s.ClientConfigFile.value}})
-	dir, err := statedir.Open(s.StateDir.value)
+	dir, err := openState(s.StateDir)
 	if err != nil {
-		return fmt.Errorf("%s: %w; another user than root needs another directory", s.StateDir.name(), err)
+		return err
 	}
 	defer func() { _ = dir.Close() }()
-	lock, err := lockfile.Acquire(dir.Path("proxy.pid"))
+	lock, err := lockfile.AcquireIn(dir, "proxy.pid")
 	if held, ok := errors.AsType[*lockfile.HeldError](err); ok {
 		return fmt.Errorf("another proxy has this state directory: %w", held)
 	} else if err != nil {
@@ -151,6 +151,7 @@ func (d *proxyDaemon) revoke() {
 		grant, ok := g.(access.Grant)
 		return ok && d.guard.Valid(grant, name)
 	}
+	d.clients.Revoke(valid)
 	d.hub.Revoke(valid)
 	d.polls.Revoke(valid)
 	d.proxy.Revoke(func(g reverse.Grant) bool { return valid(g, "") })
@@ -192,7 +193,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		mux.HandleFunc("/push", d.polls.Push)
 	}
 	lines(forClients)
-	admin := newAdmin("proxy", d.reloader.reload)
+	admin := newAdmin("proxy", s.WebLifecycle.value, d.reloader.reload)
 	own := http.NewServeMux()
 	own.Handle("/-/", admin)
 	own.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
@@ -207,7 +208,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		lines(own)
 	}
 	listed := listerGuard(d.guard, d.logger, own)
-	protected := http.NewCrossOriginProtection().Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	guarded := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// Lines ask for credentials of their own, and probes have none.
 		switch r.URL.Path {
 		case "/ptth", "/poll", "/push", "/-/healthy", "/-/ready":
@@ -215,7 +216,7 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		default:
 			listed.ServeHTTP(w, r)
 		}
-	}))
+	})
 	bounded := func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			control := http.NewResponseController(w)
@@ -230,21 +231,13 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 			next.ServeHTTP(w, r)
 		})
 	}
-	others := bounded(protected)
-	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if reverse.IsScrape(r) { // It has a time of its own.
-			d.proxy.ServeHTTP(w, r)
-			return
-		}
-		others.ServeHTTP(w, r)
-	})
 
 	type face struct {
 		address, config *setting[string]
 		role            string
 	}
 	faces := []face{{s.WebListenAddress, s.WebConfigFile, "web"}}
-	handlers := []http.Handler{handler}
+	handlers := []http.Handler{bounded(guarded)}
 	if s.ClientListenAddress.value != "" {
 		faces = append(faces, face{s.ClientListenAddress, s.ClientConfigFile, "client"})
 		handlers = append(handlers, bounded(forClients))
@@ -259,7 +252,11 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 		if f.config.value == "" {
 			listener = reverse.CorkListener{Listener: listener}
 		}
-		server := newServer(listener, f.config.value, longpoll.RestoreTLS(handlers[i]), d.logger)
+		server := newServer(listener, f.config.value, s.WebExternalURL.value, handlers[i], d.logger)
+		if f.role == "web" {
+			server.http.Handler = scrapesTo(d.proxy, server.http.Handler)
+		}
+		server.http.Handler = longpoll.RestoreTLS(server.http.Handler)
 		server.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 			return reverse.ConnContext(longpoll.ConnContext(ctx, c), c)
 		}
@@ -310,6 +307,18 @@ func (d *proxyDaemon) run(ctx context.Context, registry *prometheus.Registry) er
 	err := group.Wait()
 	d.logger.Info("Stopped")
 	return err
+}
+
+// scrapesTo passes scrapes on to proxy: their Host is that of the target, and they have a time of
+// their own.
+func scrapesTo(proxy *reverse.Proxy, others http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if reverse.IsScrape(r) {
+			proxy.ServeHTTP(w, r)
+			return
+		}
+		others.ServeHTTP(w, r)
+	})
 }
 
 // alive tells systemd that the proxy is, until ctx ends.

@@ -24,6 +24,8 @@ const defaultProxyStateDir = "/var/lib/promferry-proxy"
 type proxySettings struct {
 	WebListenAddress     *setting[string]           `split_words:"true"`
 	WebConfigFile        *setting[string]           `split_words:"true"`
+	WebExternalURL       *setting[siteURL]          `split_words:"true"`
+	WebLifecycle         *setting[bool]             `envconfig:"WEB_ENABLE_LIFECYCLE"`
 	ClientListenAddress  *setting[string]           `split_words:"true"`
 	ClientConfigFile     *setting[string]           `split_words:"true"`
 	AuthFile             *setting[string]           `split_words:"true"`
@@ -50,6 +52,8 @@ func newProxySettings() *proxySettings {
 	return &proxySettings{
 		WebListenAddress:     text("web.listen-address", ":8080", "Address to listen on for Prometheus: its scrapes, /sd, /clients, /metrics and the page; and for clients, unless these have one of their own."),
 		WebConfigFile:        text("web.config.file", "", "Prometheus web configuration file, for TLS of that address. Not basic_auth_users: see --auth.file."),
+		WebExternalURL:       externalURL(),
+		WebLifecycle:         enableLifecycle(),
 		ClientListenAddress:  text("client.listen-address", "", `Address to listen on for clients. "": the one for Prometheus.`),
 		ClientConfigFile:     text("client.config.file", "", "Prometheus web configuration file, for TLS of the address for clients."),
 		AuthFile:             text("auth.file", "", `File that says who may be which client, who may scrape and who may list. "": everybody.`),
@@ -74,7 +78,7 @@ func newProxySettings() *proxySettings {
 // all returns the settings in the order of --help.
 func (s *proxySettings) all() []anySetting {
 	return []anySetting{
-		s.WebListenAddress, s.WebConfigFile, s.ClientListenAddress, s.ClientConfigFile, s.AuthFile,
+		s.WebListenAddress, s.WebConfigFile, s.WebExternalURL, s.WebLifecycle, s.ClientListenAddress, s.ClientConfigFile, s.AuthFile,
 		s.RegistrationTimeout, s.ScrapeMaxTimeout, s.ScrapeDefaultTimeout, s.ScrapeMaxBytes, s.Heartbeat, s.TunnelIdleTimeout,
 		s.SDForgetAfter, s.SDSettle, s.LimitClients, s.LimitClientLines, s.LimitClientScrapes, s.LimitScrapes,
 		s.StateDir, s.LogLevel, s.LogFormat,

@@ -47,30 +47,23 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 	if err != nil {
 		return nil, usageError{s.ProxyHTTPConfig.fault(err)}
 	}
+	// The credentials of the file are for the targets, the rest of it is for whatever is scraped.
 	own, err := httpclient.NewWithDial("scrape", s.ScrapeHTTPConfig.value, dialOwn)
 	if err != nil {
 		return nil, usageError{s.ScrapeHTTPConfig.fault(err)}
 	}
 	targets := pullTargets(s)
-	labels := make(map[string]string)
-	for _, l := range s.PushLabels.value {
-		labels[l.name] = l.value
-	}
 	p := &pull{name: s.Fqdn.value, clients: []*httpclient.Client{toProxy, own}}
 	p.client = reverse.NewClient(reverse.ClientConfig{
 		Name: s.Fqdn.value, Targets: targets, Allow: s.PullAllows.value,
-		HTTP: scrape, OwnHTTP: own, Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
+		HTTP: scrape, OwnHTTP: own.WithoutCredentials(), Dial: (&net.Dialer{}).DialContext, DialOwn: dialOwn,
 		MaxBytes: int64(s.PullMaxBytes.value), TunnelIdle: tunnelIdle, Logger: logger, Registerer: r,
 	})
 	header := http.Header{}
 	header.Set(reverse.HeaderClient, s.Fqdn.value)
 	header.Set(reverse.HeaderSession, rand.Text())
 	header.Set(reverse.HeaderVersion, version.Version)
-	announcement := reverse.Announce(s.Instance.value, labels, targets).String()
-	if len(announcement) > reverse.MaxAnnouncement {
-		return nil, usageError{s.PullTargets.fault(fmt.Errorf("too many to announce: %d bytes, at most %d", len(announcement), reverse.MaxAnnouncement))}
-	}
-	header.Set(reverse.HeaderAnnounce, announcement)
+	header.Set(reverse.HeaderAnnounce, announcement(s).String())
 	metrics := link.NewMetrics(r)
 	for _, u := range s.ProxyUrls.value {
 		p.links = append(p.links, link.New(link.Config{
@@ -79,6 +72,17 @@ func newPull(s *agentSettings, scrape *httpclient.Client, logger *slog.Logger, r
 		}))
 	}
 	return p, nil
+}
+
+// announcement returns what the agent announces to proxies.
+func announcement(s *agentSettings) *reverse.Announcement {
+	labels := make(map[string]string)
+	for _, l := range s.PushLabels.value {
+		labels[l.name] = l.value
+	}
+	a := reverse.Announce(s.Instance.value, labels, pullTargets(s))
+	a.HostID = hostID()
+	return a
 }
 
 func pullTargets(s *agentSettings) []reverse.PullTarget {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/promferry/promferry/batch"
 	"github.com/promferry/promferry/exposition"
+	"github.com/promferry/promferry/internal/statedir"
 	"github.com/promferry/promferry/outbox"
 	"github.com/promferry/promferry/pushgw"
 )
@@ -111,7 +112,10 @@ func deliver(ctx context.Context, in *invocation, who string, s *pushSettings, p
 		return 0, usageError{err}
 	}
 	warn := warner(in, who)
-	if courier.Outbox, err = outbox.Open(s.StateDir.value); err != nil {
+	courier.Outbox, err = outbox.Open(s.StateDir.value)
+	if newer, ok := errors.AsType[*statedir.VersionError](err); ok {
+		return 0, fmt.Errorf("%s: %w", s.StateDir.name(), newer)
+	} else if err != nil {
 		warn(fmt.Errorf("%s: %w; should the push fail it is lost", s.StateDir.name(), err))
 	} else {
 		defer func() { _ = courier.Outbox.Close() }()

@@ -2,12 +2,17 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"slices"
 
 	"github.com/alecthomas/kingpin/v2"
 
 	"github.com/promferry/promferry/batch"
 )
+
+// systemctlPath is what asks systemd.
+var systemctlPath = "/usr/bin/systemctl"
 
 // recordCommand is promferry record.
 type recordCommand struct {
@@ -47,8 +52,15 @@ func (r *recordCommand) run(in *invocation) (int, error) {
 	}
 	failed := 0
 	tell := warner(in, "record "+r.unit)
-	for _, err := range append(in.unknown, forgiven...) {
-		tell(err)
+	if urls := r.settings.push.PushUrls; in.unusable != nil && !urls.isSet() {
+		// The default would be another Pushgateway than what was meant.
+		urls.value = nil
+		in.unusable = fmt.Errorf("%w; no Pushgateway is known: nothing is pushed", in.unusable)
+	}
+	for _, err := range slices.Concat([]error{in.unusable, in.ignored}, in.unknown, forgiven) {
+		if err != nil {
+			tell(err)
+		}
 	}
 	j, closeJob := r.settings.job(func(err error) {
 		tell(err)
@@ -58,7 +70,7 @@ func (r *recordCommand) run(in *invocation) (int, error) {
 	})
 	defer closeJob()
 	unit := &batch.Unit{
-		Job: j, Name: r.unit, ServiceResult: result, ExitCode: os.Getenv("EXIT_CODE"), ExitStatus: os.Getenv("EXIT_STATUS"),
+		Job: j, Name: r.unit, Systemctl: systemctlPath, ServiceResult: result, ExitCode: os.Getenv("EXIT_CODE"), ExitStatus: os.Getenv("EXIT_STATUS"),
 	}
 	unit.Record(in.context())
 	return failed, nil

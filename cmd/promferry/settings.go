@@ -29,6 +29,9 @@ type setting[T any] struct {
 	// has a comma between them.
 	list  bool
 	merge func(T, T) T
+	// formerly is the flag's name in the previous release, which is accepted with a warning, as
+	// is the variable that goes with it. "" means that it had the same name.
+	formerly string
 
 	from     string // what the user typed: the flag or the variable, "" for the default
 	fallback T      // the default, where from is not ""
@@ -42,6 +45,8 @@ type anySetting interface {
 	row() string
 	flagName() string
 	env() string
+	formerEnv() string
+	renamed() string
 	check() []error
 	forgive() []error
 }
@@ -49,8 +54,30 @@ type anySetting interface {
 func (s *setting[T]) flagName() string { return s.flag }
 
 // env returns the name of the variable: the flag's, in the plural for a list.
-func (s *setting[T]) env() string {
-	name := envPrefix + "_" + strings.ToUpper(strings.NewReplacer(".", "_", "-", "_").Replace(s.flag))
+func (s *setting[T]) env() string { return s.variable(s.flag) }
+
+// formerEnv returns the name of the variable in the previous release, "" if it had the same.
+func (s *setting[T]) formerEnv() string {
+	if s.formerly == "" {
+		return ""
+	}
+	return s.variable(s.formerly)
+}
+
+// renamed returns a warning if the user typed the name of the previous release, or "".
+func (s *setting[T]) renamed() string {
+	switch {
+	case s.formerly == "":
+	case s.from == s.formerEnv():
+		return fmt.Sprintf("%s is now %s; the next release does not accept the old name", s.from, s.env())
+	case s.from == "--"+s.formerly:
+		return fmt.Sprintf("%s is now --%s; the next release does not accept the old name", s.from, s.flag)
+	}
+	return ""
+}
+
+func (s *setting[T]) variable(flag string) string {
+	name := envPrefix + "_" + strings.ToUpper(strings.NewReplacer(".", "_", "-", "_").Replace(flag))
 	if s.list {
 		name += "S"
 	}
@@ -70,7 +97,10 @@ func (s *setting[T]) isSet() bool { return s.from != "" }
 
 // Decode takes the value of the environment variable. An empty one counts as not set, for
 // that is how a variable is switched off in an environment file.
-func (s *setting[T]) Decode(text string) error {
+func (s *setting[T]) Decode(text string) error { return s.decode(s.env(), text) }
+
+// decode is Decode for a variable of this name.
+func (s *setting[T]) decode(variable, text string) error {
 	if strings.TrimSpace(text) == "" {
 		return nil
 	}
@@ -80,7 +110,7 @@ func (s *setting[T]) Decode(text string) error {
 	}
 	for _, t := range texts {
 		if t = strings.TrimSpace(t); t != "" {
-			s.add(s.env(), t)
+			s.add(variable, t)
 		}
 	}
 	return nil
@@ -125,7 +155,9 @@ func (s *setting[T]) forgive() []error {
 }
 
 // fromEnvironment tells whether the value comes from the variable.
-func (s *setting[T]) fromEnvironment() bool { return s.from == s.env() }
+func (s *setting[T]) fromEnvironment() bool {
+	return s.from != "" && (s.from == s.env() || s.from == s.formerEnv())
+}
 
 // reset makes it the default again.
 func (s *setting[T]) reset() { s.value, s.from, s.errs = s.fallback, "", nil }
@@ -142,6 +174,12 @@ func (s *setting[T]) String() string {
 func (s *setting[T]) IsCumulative() bool { return s.list }
 
 func (s *setting[T]) register(cmd *kingpin.CmdClause) {
+	if s.formerly != "" {
+		if !s.isSet() {
+			_ = s.decode(s.formerEnv(), os.Getenv(s.formerEnv()))
+		}
+		cmd.Flag(s.formerly, "Now --"+s.flag+".").Hidden().SetValue(former[T]{s})
+	}
 	help := s.help + " (" + s.env() + ")"
 	if s.list {
 		help = s.help + " Can be repeated. (" + s.env() + ", with a comma between two.)"
@@ -151,6 +189,14 @@ func (s *setting[T]) register(cmd *kingpin.CmdClause) {
 		value = `""`
 	}
 	cmd.Flag(s.flag, help).PlaceHolder(value).SetValue(s)
+}
+
+// former is a setting's flag of the previous release.
+type former[T any] struct{ *setting[T] }
+
+func (f former[T]) Set(text string) error {
+	f.add("--"+f.formerly, text)
+	return nil
 }
 
 // row returns the setting's row in the configuration page.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,6 +19,7 @@ import (
 	toolkit "github.com/prometheus/exporter-toolkit/web"
 
 	"github.com/promferry/promferry/internal/faultlog"
+	"github.com/promferry/promferry/internal/safeyaml"
 	"github.com/promferry/promferry/reverse/page"
 )
 
@@ -27,7 +29,8 @@ type admin struct {
 	isReady atomic.Bool
 }
 
-func newAdmin(role string, reload func() error) *admin {
+// newAdmin returns the admin of a role. lifecycle tells whether a request may reload.
+func newAdmin(role string, lifecycle bool, reload func() error) *admin {
 	a := &admin{ServeMux: http.NewServeMux()}
 	a.HandleFunc("GET /-/healthy", func(rw http.ResponseWriter, _ *http.Request) {
 		say(rw, http.StatusOK, "promferry "+role+" is healthy.")
@@ -39,13 +42,19 @@ func newAdmin(role string, reload func() error) *admin {
 		}
 		say(rw, http.StatusOK, "promferry "+role+" is ready.")
 	})
-	a.HandleFunc("POST /-/reload", func(rw http.ResponseWriter, _ *http.Request) {
+	onRequest := func(rw http.ResponseWriter, _ *http.Request) {
+		if !lifecycle {
+			say(rw, http.StatusForbidden, "Lifecycle API is not enabled. Set --web.enable-lifecycle, or send SIGHUP.")
+			return
+		}
 		if err := reload(); err != nil {
 			say(rw, http.StatusInternalServerError, "reload: "+err.Error())
 			return
 		}
 		say(rw, http.StatusOK, "Reloaded.")
-	})
+	}
+	a.HandleFunc("POST /-/reload", onRequest)
+	a.HandleFunc("PUT /-/reload", onRequest) // As in Prometheus.
 	return a
 }
 
@@ -58,13 +67,12 @@ type web struct {
 	*admin
 }
 
-func newWeb(listener net.Listener, config string, registry *prometheus.Registry, reload func() error, status func() page.AgentStatus, logger *slog.Logger) *web {
-	w := &web{admin: newAdmin("agent", reload)}
+func newWeb(listener net.Listener, s *agentSettings, registry *prometheus.Registry, reload func() error, status func() page.AgentStatus, logger *slog.Logger) *web {
+	w := &web{admin: newAdmin("agent", s.WebLifecycle.value, reload)}
 	mux := w.ServeMux
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
 	mux.Handle("GET /{$}", page.Agent(status))
-	// A page of another site that somebody on this host looks at must not reload.
-	w.server = newServer(listener, config, http.NewCrossOriginProtection().Handler(mux), logger)
+	w.server = newServer(listener, s.WebConfigFile.value, s.WebExternalURL.value, mux, logger)
 	w.http.ReadTimeout, w.http.WriteTimeout = 30*time.Second, time.Minute
 	return w
 }
@@ -103,6 +111,7 @@ func (a *announcing) Accept() (net.Conn, error) {
 // can be taken, mostly for want of file descriptors, as a fault of this host.
 type serverErrors struct {
 	logger *slog.Logger
+	config string // the web configuration file
 	accept faultlog.Log
 }
 
@@ -110,21 +119,32 @@ func (s *serverErrors) Write(b []byte) (int, error) {
 	text := strings.TrimSpace(string(b))
 	if strings.HasPrefix(text, "http: Accept error: ") {
 		s.accept.Failed(context.Background(), "No connection taken; how many files may be open? (LimitNOFILE=)", errors.New(text))
-	} else {
-		s.logger.Debug(text) //nolint:sloglint // It comes from net/http.
+		return len(b), nil
 	}
+	if !s.logger.Enabled(context.Background(), slog.LevelDebug) {
+		return len(b), nil
+	}
+	const handshake = "http: TLS handshake error"
+	if strings.HasPrefix(text, handshake) {
+		// exporter-toolkit reads the file anew for each, and its error quotes it.
+		if err := validateWebConfig(s.config); err != nil {
+			text = handshake + ": " + err.Error()
+		}
+	}
+	s.logger.Debug(text) //nolint:sloglint // It comes from net/http.
 	return len(b), nil
 }
 
-// newServer returns a server. Handlers bound the time of reading bodies and of writing.
-func newServer(listener net.Listener, config string, handler http.Handler, logger *slog.Logger) *server {
+// newServer returns a server that answers no request of another site's page; external is what
+// browsers call it. Handlers bound the time of reading bodies and of writing.
+func newServer(listener net.Listener, config string, external siteURL, handler http.Handler, logger *slog.Logger) *server {
 	serving := make(chan struct{})
 	s := &server{listener: &announcing{Listener: listener, what: serving}, config: config, logger: logger, serving: serving, http: &http.Server{
-		Handler:           handler,
+		Handler:           newSite(listener.Addr(), external, logger).protect(handler),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       6 * time.Minute, // Longer than Prometheus keeps its own idle connections.
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          log.New(&serverErrors{logger: logger, accept: faultlog.Log{Logger: logger}}, "", 0),
+		ErrorLog:          log.New(&serverErrors{logger: logger, config: config, accept: faultlog.Log{Logger: logger}}, "", 0),
 		Protocols:         &http.Protocols{},
 	}}
 	s.http.Protocols.SetHTTP1(true) // A line cannot be made of an HTTP/2 stream.
@@ -139,7 +159,7 @@ func (s *server) Run(ctx context.Context) error {
 	if s.cached != nil {
 		err = s.cached.serve(s)
 	} else {
-		err = toolkit.Serve(s.listener, s.http, &toolkit.FlagConfig{WebConfigFile: &s.config}, s.logger)
+		err = toolkit.Serve(s.listener, s.http, &toolkit.FlagConfig{WebConfigFile: &s.config}, slog.New(webConfigErrors{s.logger.Handler(), s.config}))
 	}
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
@@ -147,6 +167,36 @@ func (s *server) Run(ctx context.Context) error {
 	return err
 }
 
-// validateWebConfig checks a web configuration file and the files it names. Its secrets
-// are hashes and keys, which the errors do not quote.
-func validateWebConfig(file string) error { return toolkit.Validate(file) }
+// validateWebConfig checks a web configuration file and the files it names. Its error shows
+// nothing of what the file says: a password may stand there in the wrong place.
+func validateWebConfig(file string) error { return webConfigError(file, toolkit.Validate(file)) }
+
+// webConfigError returns what can be shown of an error about a web configuration file.
+func webConfigError(file string, err error) error {
+	if err == nil {
+		return nil
+	}
+	content, readErr := os.ReadFile(file)
+	if readErr != nil {
+		return readErr
+	}
+	return safeyaml.Error(err, content)
+}
+
+// webConfigErrors logs what exporter-toolkit does, which reads the file anew for each request,
+// without what its errors quote of the file.
+type webConfigErrors struct {
+	slog.Handler
+	file string
+}
+
+func (h webConfigErrors) Handle(ctx context.Context, record slog.Record) error {
+	shown := slog.NewRecord(record.Time, record.Level, record.Message, record.PC)
+	for a := range record.Attrs {
+		if a.Key == "err" {
+			a = slog.Any("err", webConfigError(h.file, errors.New(a.Value.String())))
+		}
+		shown.AddAttrs(a)
+	}
+	return h.Handler.Handle(ctx, shown)
+}

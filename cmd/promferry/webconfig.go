@@ -85,7 +85,7 @@ func newWebConfig(file, role, address string, logger *slog.Logger, r prometheus.
 }
 
 func (c *webConfig) load() (*loadedWebConfig, error) {
-	if err := toolkit.Validate(c.file); err != nil {
+	if err := validateWebConfig(c.file); err != nil {
 		return nil, err
 	}
 	content, err := os.ReadFile(c.file)
@@ -110,11 +110,11 @@ func (c *webConfig) load() (*loadedWebConfig, error) {
 		return loaded, nil
 	}
 	if loaded.tls, err = toolkit.ConfigToTLSConfig(t); err != nil {
-		return nil, err
+		return nil, webConfigError(c.file, err)
 	}
 	certificate, err := loaded.tls.GetCertificate(nil)
 	if err != nil {
-		return nil, err
+		return nil, webConfigError(c.file, err)
 	}
 	loaded.tls.Certificates, loaded.tls.GetCertificate = []tls.Certificate{*certificate}, nil
 	loaded.tls.NextProtos = []string{"http/1.1"} // A line cannot be made of an HTTP/2 stream.

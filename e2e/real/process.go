@@ -53,7 +53,7 @@ type Process struct {
 func Start(command Command) (*Process, error) {
 	p := &Process{done: make(chan struct{})}
 	//nolint:noctx // ended by Stop, which asks before it kills
-	p.cmd = exec.Command(command.Path, command.Args...)
+	p.cmd = exec.Command(command.program(), command.Args...)
 	p.cmd.Env = command.Env
 	for _, name := range []string{"PATH", "HOME", "TMPDIR"} {
 		if value, ok := os.LookupEnv(name); ok {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +17,7 @@ import (
 	"go.yaml.in/yaml/v2"
 
 	"github.com/promferry/promferry/internal/labelmatch"
+	"github.com/promferry/promferry/internal/safeyaml"
 )
 
 // file is what stands in the file.
@@ -106,7 +106,7 @@ func parseFile(role *role, content []byte) (rules, error) {
 	case err != nil:
 		te, ok := errors.AsType[*yaml.TypeError](err)
 		if !ok {
-			return nil, syntax(err)
+			return nil, safeyaml.Syntax(err)
 		}
 		for _, s := range te.Errors {
 			c.fault("", c.form(s))
@@ -295,48 +295,24 @@ func (c *checker) token(text fileText, section, first *section) (*token, string)
 	return t, ""
 }
 
-// The messages of yaml.v2 that can be shown: their other words are its own.
-var (
-	safeSyntax  = regexp.MustCompile(`^yaml: ((line \d+: )?([\w ,<>%-]|'[^\w]')+)$`)
-	syntaxLine  = regexp.MustCompile(`^yaml: (line \d+): `)
-	formFault   = regexp.MustCompile(`(?s)^(line \d+): (field|key|cannot unmarshal) .*?(not found in type \S+|already set in \S+.*|into \S+)$`)
-	wantedForms = map[string]string{
-		"into []access.fileEntry": "want a list of entries, or the word " + anyone,
-		"into access.fileFields":  "want an entry, which has fields",
-		"into []access.fileText":  "want a list of texts",
-		"into string":             "want one text",
-	}
-)
-
-// syntax returns what can be shown of an error about YAML that is none.
-func syntax(err error) error {
-	if m := safeSyntax.FindStringSubmatch(err.Error()); m != nil {
-		return errors.New("not YAML: " + m[1])
-	}
-	if m := syntaxLine.FindStringSubmatch(err.Error()); m != nil {
-		return errors.New("not YAML: " + m[1])
-	}
-	return errors.New("not YAML")
+var wantedForms = map[string]string{
+	"into []access.fileEntry": "want a list of entries, or the word " + anyone,
+	"into access.fileFields":  "want an entry, which has fields",
+	"into []access.fileText":  "want a list of texts",
 }
 
 // form returns what can be shown of a fault that yaml.v2 found.
-func (c *checker) form(s string) string {
-	m := formFault.FindStringSubmatch(s)
-	if m == nil {
-		return "not of the form that is wanted"
-	}
-	want := "not of the form that is wanted"
-	switch known, ok := wantedForms[m[3]]; {
-	case ok:
-		want = known
-	case m[3] == "into access.proxyFile", m[3] == "into access.gatewayFile":
-		want = "want " + c.role.sections("and")
-	case m[3] == "not found in type access.proxyFile", m[3] == "not found in type access.gatewayFile":
-		want = "unknown field: want " + c.role.sections("and")
-	case m[3] == "not found in type access.fileFields":
-		want = "unknown field: an entry has identity, " + c.role.scope + ", san, username and token_sha256"
-	case strings.HasPrefix(m[3], "already set"):
-		want = "a field stands there twice"
-	}
-	return m[1] + ": " + want
+func (c *checker) form(fault string) string {
+	return safeyaml.Form(fault, func(end string) string {
+		switch end {
+		case "into access.proxyFile", "into access.gatewayFile":
+			return "want " + c.role.sections("and")
+		case "not found in type access.proxyFile", "not found in type access.gatewayFile":
+			return "unknown field: want " + c.role.sections("and")
+		case "not found in type access.fileFields":
+			return "unknown field: an entry has identity, " + c.role.scope + ", san, username and token_sha256"
+		default:
+			return wantedForms[end]
+		}
+	})
 }

@@ -1,6 +1,6 @@
 // Package statedir opens directories for what must survive a process. Root may work in one
-// that belongs to another user: what it makes there is that user's, and no symbolic link
-// leads it out.
+// that belongs to another user: what root makes there is that user's, and nothing that the
+// user puts there, such as a link or a named pipe, leads root to a file elsewhere or stops it.
 package statedir
 
 import (
@@ -24,37 +24,67 @@ const tempPrefix = ".new-"
 
 // Dir is an open directory. It is safe for concurrent use.
 type Dir struct {
+	path string // as it was given, for people
 	root *os.Root
+	// owner and mode are those of the directory when it was opened.
+	owner int
+	mode  fs.FileMode
 	// uid and gid own what is made here, or are -1: whoever makes it.
 	uid, gid int
 }
 
-// Open opens the directory at path. When there is none it is made, and those above it.
+// Open opens the state directory at path. When there is none it is made, and those above
+// it. One that a newer version of promferry wrote is refused with a *VersionError.
 func Open(path string) (*Dir, error) {
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	d, err := openAt(path, true)
+	if err != nil {
 		return nil, err
+	}
+	if err := d.CheckVersion(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	d.writeVersion()
+	return d, nil
+}
+
+// OpenExisting opens the directory at path, which may be any, and changes nothing. When
+// there is none the error is fs.ErrNotExist.
+func OpenExisting(path string) (*Dir, error) { return openAt(path, false) }
+
+func openAt(path string, create bool) (*Dir, error) {
+	if create {
+		if err := os.MkdirAll(path, 0o700); err != nil {
+			return nil, err
+		}
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, err
 	}
-	d := &Dir{root: root, uid: -1, gid: -1}
-	if os.Geteuid() != 0 {
-		return d, nil
+	d, gid, err := newDir(path, root)
+	if err == nil && os.Geteuid() == 0 && d.owner != 0 {
+		d.uid, d.gid = d.owner, gid
 	}
-	info, err := root.Stat(".")
-	if err != nil {
-		_ = root.Close()
-		return nil, err
-	}
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid != 0 {
-		d.uid, d.gid = int(owner.Uid), int(owner.Gid)
-	}
-	return d, nil
+	return d, err
 }
 
-// OpenSub opens the directory called name in the one at path, and makes both where they are
-// missing.
+// newDir returns the directory at path, which is open as root, and its group.
+func newDir(path string, root *os.Root) (d *Dir, gid int, err error) {
+	d = &Dir{path: path, root: root, uid: -1, gid: -1}
+	info, err := root.Stat(".")
+	if err != nil {
+		return nil, 0, errors.Join(d.named(err), root.Close())
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return nil, 0, errors.Join(fmt.Errorf("%s: %w", path, errors.ErrUnsupported), root.Close())
+	}
+	d.owner, d.mode = int(stat.Uid), info.Mode()
+	return d, int(stat.Gid), nil
+}
+
+// OpenSub opens the directory called name in the state directory at path, and makes both
+// where they are missing. The error is that of Open.
 func OpenSub(path, name string) (*Dir, error) {
 	d, err := Open(path)
 	if err != nil {
@@ -74,23 +104,38 @@ func (d *Dir) Sub(name string) (*Dir, error) {
 	case !os.IsExist(err):
 		return nil, d.named(err)
 	}
-	if err := d.noLink(name); err != nil {
+	sub, err := d.openDir(name)
+	if err != nil {
 		return nil, err
+	}
+	sub.uid, sub.gid = d.uid, d.gid
+	if err := sub.own(); err != nil {
+		return nil, errors.Join(err, sub.Close())
+	}
+	return sub, nil
+}
+
+// openDir opens the directory called name in d.
+func (d *Dir) openDir(name string) (*Dir, error) {
+	info, err := d.root.Lstat(name)
+	if err != nil {
+		return nil, d.named(err)
+	}
+	if !info.IsDir() { // OpenRoot would follow a link, and wait for the other end of a named pipe.
+		return nil, fmt.Errorf("%s: not a directory; remove it", d.Path(name))
 	}
 	root, err := d.root.OpenRoot(name)
 	if err != nil {
 		return nil, d.named(err)
 	}
-	sub := &Dir{root: root, uid: d.uid, gid: d.gid}
-	if err := sub.own(); err != nil {
-		return nil, errors.Join(err, root.Close())
-	}
-	return sub, nil
+	sub, _, err := newDir(d.Path(name), root)
+	return sub, err
 }
 
-// own gives the directory to the owner of what is in it.
+// own gives a directory that root has just made to the owner of what is in it. Root's own
+// directory with something in it, which that user may have moved here, stays root's.
 func (d *Dir) own() error {
-	if d.uid < 0 {
+	if d.uid < 0 || d.owner != 0 {
 		return nil
 	}
 	f, err := d.root.Open(".")
@@ -98,14 +143,52 @@ func (d *Dir) own() error {
 		return d.named(err)
 	}
 	defer func() { _ = f.Close() }()
-	return f.Chown(d.uid, d.gid)
+	if _, err := f.Readdirnames(1); !errors.Is(err, io.EOF) {
+		return nil
+	}
+	if err := f.Chown(d.uid, d.gid); err != nil {
+		return err
+	}
+	d.owner = d.uid
+	return nil
+}
+
+// Trusted reports whether nobody but this process's user, and root, can put files into the
+// directory.
+func (d *Dir) Trusted() bool { return d.owner == os.Geteuid() && d.mode&0o022 == 0 }
+
+// Private opens the directory called name in d, and makes it when there is none. It is
+// Trusted, whoever owns d. What stands in its place and is not gets another name: moved is
+// its path then, else it is empty.
+func (d *Dir) Private(name string) (private *Dir, moved string, err error) {
+	for {
+		if err := d.root.Mkdir(name, 0o700); err != nil && !os.IsExist(err) {
+			return nil, moved, d.named(err)
+		}
+		private, err = d.openDir(name)
+		if err == nil && private.Trusted() {
+			return private, moved, nil
+		}
+		if err == nil {
+			err = fmt.Errorf("%s: belongs to another user", private.path)
+			_ = private.Close()
+		}
+		if moved != "" { // Whoever owns d is at work there.
+			return nil, moved, err
+		}
+		away := name + "." + rand.Text()
+		if err := d.Rename(name, away); err != nil {
+			return nil, "", err
+		}
+		moved = d.Path(away)
+	}
 }
 
 // Close closes the directory.
 func (d *Dir) Close() error { return d.root.Close() }
 
 // Path returns where the file called name is, for people.
-func (d *Dir) Path(name string) string { return filepath.Join(d.root.Name(), name) }
+func (d *Dir) Path(name string) string { return filepath.Join(d.path, name) }
 
 // Names returns the names of all files, without those that are being written, in no
 // order. It reads no more than the directory itself.
@@ -152,13 +235,14 @@ func (d *Dir) Temporary() ([]fs.FileInfo, error) {
 	return infos, nil
 }
 
-// OpenLock opens a file to be locked, which it makes when there is none.
-func (d *Dir) OpenLock(name string) (*os.File, error) {
+// OpenRW opens a file to be read and written in place, and makes it when there is none. What
+// is not a regular file with one name is refused with ErrNotRegular.
+func (d *Dir) OpenRW(name string) (*os.File, error) {
 	if f, err := d.open(name, os.O_RDWR); err == nil || !os.IsNotExist(err) {
 		return f, err
 	}
 	f, err := d.create(name)
-	if os.IsExist(err) { // Somebody else was faster.
+	if os.IsExist(err) { // Another process was faster.
 		return d.open(name, os.O_RDWR)
 	}
 	return f, err
@@ -168,7 +252,7 @@ func (d *Dir) OpenLock(name string) (*os.File, error) {
 // until ctx ends. Closing the file lifts it, as the end of the process does. It is an open
 // file description lock, see fcntl(2), so it also keeps out another part of this process.
 func (d *Dir) Lock(ctx context.Context, name string, place int64) (*os.File, error) {
-	f, err := d.OpenLock(name)
+	f, err := d.OpenRW(name)
 	if err != nil {
 		return nil, err
 	}
@@ -190,39 +274,53 @@ func (d *Dir) Lock(ctx context.Context, name string, place int64) (*os.File, err
 	}
 }
 
-// OpenFile opens a file to be read. What is no regular file is refused.
+// OpenFile opens a file to be read. What is not a regular file with one name is refused with
+// ErrNotRegular.
 func (d *Dir) OpenFile(name string) (*os.File, error) { return d.open(name, os.O_RDONLY) }
 
 func (d *Dir) open(name string, flags int) (*os.File, error) {
 	if err := d.noLink(name); err != nil {
 		return nil, err
 	}
-	// Nothing that is in the way, a pipe for example, may stop us.
+	// Nothing that is in the way, a named pipe for example, may stop us.
 	f, err := d.root.OpenFile(name, flags|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, syscall.EISDIR) || errors.Is(err, syscall.ENXIO) { // ENXIO: a socket.
+		return nil, fmt.Errorf("%s: %w; remove it", d.Path(name), ErrNotRegular)
+	}
 	if err != nil {
 		return nil, d.named(err)
 	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s: %w", d.Path(name), ErrNotRegular)
-	}
-	// What also has a name elsewhere is not ours to write to.
-	if err == nil && flags != os.O_RDONLY {
-		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink > 1 {
-			err = fmt.Errorf("%s: %w: it has another name", d.Path(name), ErrNotRegular)
-		}
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, err
+	if err := d.regular(f, name); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
 
-// ErrNotRegular says that something else stands in the place of a file.
-var ErrNotRegular = errors.New("no regular file")
+// regular refuses an open file that is not a regular file with one name. What also has a
+// name elsewhere may be a file of another user's, or root's.
+func (d *Dir) regular(f *os.File, name string) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s: %w; remove it", d.Path(name), ErrNotRegular)
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if ok && stat.Nlink > 1 {
+		return fmt.Errorf("%s: %w: it has %d names (hard links); put a copy in its place", d.Path(name), ErrNotRegular, stat.Nlink)
+	}
+	// In a directory as /tmp any user can put a file that others cannot remove.
+	if owner := int(stat.Uid); ok && d.mode&fs.ModeSticky != 0 && owner != os.Geteuid() && owner != d.owner {
+		return fmt.Errorf("%s: belongs to the user with ID %d, and any user can put files there; remove it", d.Path(name), owner)
+	}
+	return nil
+}
 
-// Has tells whether there is a file called name.
+// ErrNotRegular is the error for what stands in the place of a file.
+var ErrNotRegular = errors.New("not a regular file with one name")
+
+// Has reports whether there is a file called name.
 func (d *Dir) Has(name string) bool {
 	_, err := d.root.Lstat(name)
 	return err == nil
@@ -236,7 +334,7 @@ func (d *Dir) noLink(name string) error {
 		return d.named(err)
 	}
 	if info.Mode()&fs.ModeSymlink != 0 {
-		return fmt.Errorf("%s: %w: a symbolic link is not followed", d.Path(name), ErrNotRegular)
+		return fmt.Errorf("%s: %w: a symbolic link is not followed; remove it", d.Path(name), ErrNotRegular)
 	}
 	return nil
 }
@@ -317,7 +415,7 @@ func (d *Dir) Sync() error {
 	return f.Sync()
 }
 
-// named puts the directory's own name before that of a file in it.
+// named puts the directory's path before the name of a file in it.
 func (d *Dir) named(err error) error {
 	if pe, ok := err.(*fs.PathError); ok { //nolint:errorlint // Exactly what os returned.
 		return &fs.PathError{Op: pe.Op, Path: d.Path(pe.Path), Err: pe.Err}

@@ -46,7 +46,7 @@ func TestOwner(t *testing.T) {
 	if err := sub.WriteFile("file", []byte("content")); err != nil {
 		t.Fatal(err)
 	}
-	lock, err := sub.OpenLock("lock")
+	lock, err := sub.OpenRW("lock")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,14 +88,14 @@ func TestNothingOutside(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := open(t, path)
-	if f, err := d.OpenLock("hard"); err == nil {
+	if f, err := d.OpenRW("hard"); err == nil {
 		t.Errorf("opened %s, which has another name, to lock", f.Name())
 	}
 	for _, name := range []string{"file", "dir", "dangling", "up", "pipe", "../x"} {
 		if f, err := d.OpenFile(name); err == nil {
 			t.Errorf("opened %s", f.Name())
 		}
-		if f, err := d.OpenLock(name); err == nil {
+		if f, err := d.OpenRW(name); err == nil {
 			t.Errorf("opened %s to lock", f.Name())
 		}
 	}
@@ -139,4 +139,42 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = again.Close()
+}
+
+// TestVersion has what a version file can say.
+func TestVersion(t *testing.T) {
+	for _, test := range []struct{ name, content, err string }{
+		{"none", "", ""},
+		{"this one", "1\n", ""},
+		{"not written to its end", "\n", ""},
+		{"newer", "2\n", "has version 2, and this promferry reads up to version 1: install the newer promferry"},
+		{"much newer", "10", "has version 10, and"},
+		{"no number", "one\n", `version: "one" is not a version: write the number 1 into it`},
+		{"zero", "0\n", `version: "0" is not a version`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := t.TempDir()
+			file := filepath.Join(path, "version")
+			if test.content != "" {
+				if err := os.WriteFile(file, []byte(test.content), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, open := range []func() (*statedir.Dir, error){
+				func() (*statedir.Dir, error) { return statedir.Open(path) },
+				func() (*statedir.Dir, error) { return statedir.OpenSub(path, "sub") },
+			} {
+				d, err := open()
+				if err == nil {
+					_ = d.Close()
+				}
+				if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+					t.Errorf("got %v, want %q", err, test.err)
+				}
+			}
+			if b, err := os.ReadFile(file); test.content == "" && (err != nil || string(b) != "1\n") {
+				t.Errorf("it holds %q, %v", b, err)
+			}
+		})
+	}
 }

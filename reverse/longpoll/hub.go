@@ -115,7 +115,7 @@ func (h *Hub) Poll(w http.ResponseWriter, r *http.Request) {
 		reverse.Refuse(w, err)
 		return
 	}
-	p := &poll{hub: h, session: session, ours: kind == reverse.KindLongPoll, began: time.Now()}
+	p := &poll{hub: h, session: session, grant: hello.Grant, ours: kind == reverse.KindLongPoll, began: time.Now()}
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil || buffered.Reader.Buffered() > 0 { // It must wait for its answer.
 		session.Leave(p)
@@ -199,12 +199,23 @@ func (h *Hub) Move() {
 	}
 }
 
-// Revoke closes the polls of clients that are not valid any more.
+// Revoke closes the polls of clients that are not valid any more, and ends the scrapes that they
+// have taken.
 func (h *Hub) Revoke(valid func(g reverse.Grant, name string) bool) {
+	revoked := func(s *reverse.Session, g reverse.Grant) bool {
+		return g != nil && (s.Revoked() || !valid(g, s.Name()))
+	}
 	for _, p := range h.all() {
-		if g := p.session.Grant(); g != nil && !valid(g, p.session.Name()) {
-			h.cfg.Logger.Warn("Poll of a client revoked", "client", p.session.Name(), "identity", g.Identity())
+		if revoked(p.session, p.grant) {
+			h.cfg.Logger.Warn("Poll of a client revoked", "client", p.session.Name(), "identity", p.grant.Identity())
 			_ = p.conn.Close()
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, s := range h.scrapes {
+		if revoked(s.session, s.grant) {
+			s.giveUp(reverse.ErrGone)
 		}
 	}
 }

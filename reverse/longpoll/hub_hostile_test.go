@@ -180,51 +180,161 @@ func TestConnectLeavesThePoll(t *testing.T) {
 	})
 }
 
-// TestHostileResponses: a response that is none is an error, and none waits longer than the scrape.
+// TestHostileResponses: a response that is none fails its scrape at once, if it is known whose it is:
+// by the ID in the request, which our clients send, or in the response's own head.
 func TestHostileResponses(t *testing.T) {
-	for name, body := range map[string]string{
-		"nothing":             "",
-		"garbage":             "\x00\x01\x02\r\n\r\n",
-		"no ID":               "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
-		"two lengths":         "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
-		"a length too long":   "HTTP/1.1 200 OK\r\nId: ID\r\nContent-Length: 4\r\n\r\nok",
-		"chunks without end":  "HTTP/1.1 200 OK\r\nId: ID\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
-		"a chunk of no size":  "HTTP/1.1 200 OK\r\nId: ID\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nok\r\n0\r\n\r\n",
-		"unknown encoding":    "HTTP/1.1 200 OK\r\nId: ID\r\nTransfer-Encoding: gzip\r\n\r\nok",
-		"an endless header":   "HTTP/1.1 200 OK\r\nId: ID\r\nA: " + strings.Repeat("b", 1_000_000),
-		"headers without end": "HTTP/1.1 200 OK\r\nId: ID\r\n" + strings.Repeat("A: b\r\n", 100_000),
+	const head = "HTTP/1.1 200 OK\r\nId: ID\r\n"
+	for name, tt := range map[string]struct{ body, ours, pushProx string }{
+		"nothing":                      {"", "malformed", "timeout"},
+		"garbage":                      {"\x00\x01\x02\r\n\r\n", "malformed", "timeout"},
+		"no ID":                        {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "ok", "timeout"},
+		"an ID after much else":        {"HTTP/1.1 20 OK\r\nA: " + strings.Repeat("b", 20_000) + "\r\nId: ID\r\n\r\n", "malformed", "timeout"},
+		"the ID in the body":           {"HTTP/1.1 20 OK\r\n\r\nId: ID\r\n", "malformed", "timeout"},
+		"no status line":               {"Id: ID\r\nContent-Length: 2\r\n\r\nok", "malformed", "malformed"},
+		"another protocol":             {"ICY 200 OK\r\nid:ID\r\n\r\nok", "malformed", "malformed"},
+		"a status of two digits":       {"HTTP/1.1 20 OK\r\nId: ID\r\n\r\nok", "malformed", "malformed"},
+		"a status below 100":           {"HTTP/1.1 099 OK\r\nId: ID\r\nContent-Length: 2\r\n\r\nok", "malformed", "malformed"},
+		"an interim status":            {"HTTP/1.1 100 OK\r\nId: ID\r\n\r\n" + head + "\r\nok", "malformed", "malformed"},
+		"a header without a colon":     {head + "A\r\n\r\nok", "malformed", "malformed"},
+		"headers that break off":       {head + "A: b\r\nB", "malformed", "malformed"},
+		"two lengths":                  {head + "Content-Length: 2\r\nContent-Length: 3\r\n\r\nok!", "malformed", "malformed"},
+		"a length that is no number":   {head + "Content-Length: two\r\n\r\nok", "malformed", "malformed"},
+		"unknown encoding":             {head + "Transfer-Encoding: gzip\r\n\r\nok", "malformed", "malformed"},
+		"an endless header":            {head + "A: " + strings.Repeat("b", 1_000_000), "malformed", "malformed"},
+		"headers without end":          {head + strings.Repeat("A: b\r\n", 100_000), "malformed", "malformed"},
+		"a length too short":           {head + "Content-Length: 2\r\n\r\nok!", "malformed", "malformed"},
+		"a length much too short":      {head + "Content-Length: 2\r\n\r\nok" + strings.Repeat("!", 1_000_000), "malformed", "malformed"},
+		"two responses":                {head + "Content-Length: 2\r\n\r\nok" + head + "Content-Length: 2\r\n\r\nok", "malformed", "malformed"},
+		"two in chunks":                {head + "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n" + head + "\r\n", "malformed", "malformed"},
+		"a body where there is none":   {"HTTP/1.1 204 No Content\r\nId: ID\r\n\r\nok", "malformed", "malformed"},
+		"a version of PushProx's, two": {"HTTP/0.0 200 OK\r\nId: ID\r\nContent-Length: 2\r\n\r\nok!", "malformed", "malformed"},
+		"a length too long":            {head + "Content-Length: 4\r\n\r\nok", "broken", "broken"},
+		"chunks without end":           {head + "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n", "broken", "broken"},
+		"a chunk of no size":           {head + "Transfer-Encoding: chunked\r\n\r\nzz\r\nok\r\n0\r\n\r\n", "broken", "broken"},
+		"one":                          {head + "Content-Length: 2\r\n\r\nok", "ok", "ok"},
+		"one in chunks":                {head + "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", "ok", "ok"},
+		"one without a length":         {"HTTP/0.0 200 OK\r\nId: ID\r\n\r\nok", "ok", "ok"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newEnd(t)
-				c, r := e.dial(t)
-				_, _ = io.WriteString(c, poll("web-1"))
-				synctest.Wait()
-				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-				defer cancel()
-				done := make(chan error)
-				go func() {
-					_, err := e.scrape(ctx, http.MethodGet)
-					done <- err
-				}()
-				resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // It goes with its connection.
-				if err != nil {
-					t.Fatal(err)
-				}
-				scrape, err := http.ReadRequest(bufio.NewReader(resp.Body))
-				if err != nil {
-					t.Fatal(err)
-				}
-				c2, r2 := e.dial(t)
-				go func() { _, _ = io.WriteString(c2, push(strings.ReplaceAll(body, "ID", scrape.Header.Get("Id")))) }()
-				go func() { _, _ = io.Copy(io.Discard, r2) }()
-				began := time.Now()
-				if err := <-done; err == nil || time.Since(began) > 5*time.Second {
-					t.Errorf("%v after %v", err, time.Since(began))
-				}
+		for kind, want := range map[string]string{"ours": tt.ours, "PushProx": tt.pushProx} {
+			t.Run(name+"/"+kind, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := newEnd(t)
+					c, r := e.dial(t)
+					_, _ = io.WriteString(c, poll("web-1"))
+					synctest.Wait()
+					ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+					defer cancel()
+					type result struct {
+						body string
+						err  error
+					}
+					done := make(chan result)
+					go func() {
+						body, err := e.scrape(ctx, http.MethodGet)
+						done <- result{body, err}
+					}()
+					resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // It goes with its connection.
+					if err != nil {
+						t.Fatal(err)
+					}
+					scrape, err := http.ReadRequest(bufio.NewReader(resp.Body))
+					if err != nil {
+						t.Fatal(err)
+					}
+					id := scrape.Header.Get("Id")
+					said := push(strings.ReplaceAll(tt.body, "ID", id))
+					if kind == "ours" {
+						said = strings.Replace(said, "\r\n", "\r\nId: "+id+"\r\n", 1)
+					}
+					c2, r2 := e.dial(t)
+					go func() { _, _ = io.WriteString(c2, said) }()
+					go func() { _, _ = io.Copy(io.Discard, r2) }()
+					began := time.Now()
+					got := <-done
+					came := "broken"
+					switch {
+					case got.err == nil:
+						came = got.body
+					case errors.Is(got.err, reverse.ErrMalformed):
+						came = "malformed"
+					case errors.Is(got.err, context.DeadlineExceeded):
+						came = "timeout"
+					}
+					if came != want {
+						t.Errorf("got %s (%v), want %s", came, got.err, want)
+					}
+					if took := time.Since(began); took != 0 && want != "timeout" {
+						t.Errorf("only after %v", took)
+					}
+					_ = c2.Close()
+					<-time.After(time.Second) // The server waits that long for what it does not read.
+				})
 			})
-		})
+		}
 	}
+}
+
+// TestResponseThatBreaksOff: when the connection with a response breaks in its head the client is
+// gone, which is no malformed response.
+func TestResponseThatBreaksOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnd(t)
+		c, r := e.dial(t)
+		_, _ = io.WriteString(c, poll("web-1"))
+		synctest.Wait()
+		done := make(chan error)
+		go func() {
+			_, err := e.scrape(t.Context(), http.MethodGet)
+			done <- err
+		}()
+		resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // It goes with its connection.
+		if err != nil {
+			t.Fatal(err)
+		}
+		scrape, err := http.ReadRequest(bufio.NewReader(resp.Body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole := push("HTTP/1.1 200 OK\r\nId: " + scrape.Header.Get("Id") + "\r\nContent-Length: 2\r\n\r\nok")
+		c2, _ := e.dial(t)
+		_, _ = io.WriteString(c2, whole[:len(whole)-10])
+		_ = c2.Close()
+		if err := <-done; !errors.Is(err, reverse.ErrGone) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestResponseWithMoreToCome: a push that is longer than its response is malformed before all of it has
+// come.
+func TestResponseWithMoreToCome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnd(t)
+		c, r := e.dial(t)
+		_, _ = io.WriteString(c, poll("web-1"))
+		synctest.Wait()
+		done := make(chan error)
+		go func() {
+			_, err := e.scrape(t.Context(), http.MethodGet)
+			done <- err
+		}()
+		resp, err := http.ReadResponse(r, nil) //nolint:bodyclose // It goes with its connection.
+		if err != nil {
+			t.Fatal(err)
+		}
+		scrape, err := http.ReadRequest(bufio.NewReader(resp.Body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		longer := push("HTTP/1.1 200 OK\r\nId: " + scrape.Header.Get("Id") + "\r\nContent-Length: 2\r\n\r\nok!")
+		c2, _ := e.dial(t)
+		_, _ = io.WriteString(c2, longer[:len(longer)-1])
+		if err := <-done; !errors.Is(err, reverse.ErrMalformed) {
+			t.Errorf("got %v", err)
+		}
+		_ = c2.Close()
+		<-time.After(time.Second) // The server waits that long for what it does not read.
+	})
 }
 
 // TestHostileProxyFloods: a proxy cannot make a client do any number of scrapes at a time.

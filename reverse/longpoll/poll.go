@@ -18,6 +18,7 @@ import (
 type poll struct {
 	hub     *Hub
 	session *reverse.Session
+	grant   reverse.Grant // the poll's own: another one of the session may have another token
 	conn    net.Conn
 	ours    bool
 	began   time.Time
@@ -126,11 +127,14 @@ func (p *poll) Close() error { return p.conn.Close() }
 // scrape is one that a client has taken.
 type scrape struct {
 	session *reverse.Session
+	grant   reverse.Grant // of the poll
 	method  string
 	ctx     context.Context //nolint:containedctx // That of the request that it is.
 	answer  chan *http.Response
 	done    chan struct{}
+	taken   bool // a response to it has come; the hub's lock guards this
 	lost    chan struct{}
+	fault   error // why it is lost
 	once    sync.Once
 }
 
@@ -143,14 +147,19 @@ func (h *Hub) lost(s *reverse.Session) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, scrape := range h.scrapes {
-		if scrape.session == s {
-			scrape.giveUp()
+		if scrape.session == s && !scrape.taken {
+			scrape.giveUp(reverse.ErrGone)
 		}
 	}
 }
 
-// giveUp tells who waits for the answer that none will come.
-func (s *scrape) giveUp() { s.once.Do(func() { close(s.lost) }) }
+// giveUp tells who waits for the answer, or reads it, why it will not come.
+func (s *scrape) giveUp(fault error) {
+	s.once.Do(func() {
+		s.fault = fault
+		close(s.lost)
+	})
+}
 
 var buffers = sync.Pool{New: func() any { return &bytes.Buffer{} }}
 
@@ -165,7 +174,7 @@ func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	id := rand.Text()
 	s := &scrape{
-		session: p.session, method: req.Method, ctx: req.Context(), answer: make(chan *http.Response, 1), done: make(chan struct{}),
+		session: p.session, grant: p.grant, method: req.Method, ctx: req.Context(), answer: make(chan *http.Response, 1), done: make(chan struct{}),
 		lost: make(chan struct{}),
 	}
 	h := p.hub
@@ -188,10 +197,13 @@ func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 	select {
 	case resp := <-s.answer:
 		passed := *resp // The other one is the handler's that got it.
-		passed.Body = &answered{ReadCloser: resp.Body, s: s}
+		passed.Body = &answered{ReadCloser: resp.Body, end: func() {
+			end()
+			close(s.done)
+		}}
 		return &passed, nil
 	case <-s.lost:
-		err = reverse.ErrGone
+		err = s.fault
 	case <-req.Context().Done():
 		err = req.Context().Err()
 	}
@@ -203,13 +215,13 @@ func (p *poll) RoundTrip(req *http.Request) (*http.Response, error) {
 // answered is a response's body, after which nobody waits.
 type answered struct {
 	io.ReadCloser
-	s    *scrape
+	end  func()
 	once sync.Once
 }
 
 func (a *answered) Close() error {
 	err := a.ReadCloser.Close()
-	a.once.Do(func() { close(a.s.done) })
+	a.once.Do(a.end)
 	return err
 }
 

@@ -80,7 +80,7 @@ func (p *Poller) Poll(ctx context.Context) (Answer, error) {
 	}()
 	a := Answer{}
 	if resp.Header.Get(reverse.HeaderProxy) != "" {
-		if a.Heartbeat, err = ptth.Heartbeat(resp.Header); err != nil {
+		if a.Heartbeat, err = ptth.Heartbeat(resp); err != nil {
 			return a, err
 		}
 	}

@@ -2,8 +2,10 @@ package longpoll
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -21,7 +23,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	}
 	control := http.NewResponseController(w)
 	_ = control.SetReadDeadline(time.Now().Add(readTimeout))
-	limited := &headerLimit{r: r.Body, left: maxHeader}
+	limited := &pushBody{r: r.Body, left: maxHeader}
 	src := readers.Get().(*bufio.Reader)
 	src.Reset(limited)
 	defer func() {
@@ -39,7 +41,7 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 			refuse(w, r, refusal)
 			return
 		}
-		defer s.giveUp() // Unless it has its answer.
+		defer s.giveUp(reverse.ErrGone) // Unless it has its answer.
 		_ = control.SetReadDeadline(time.Time{})
 		interrupted := make(chan struct{})
 		stop := context.AfterFunc(s.ctx, func() {
@@ -61,13 +63,24 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 			}
 		}()
 	}
-	resp, err := http.ReadResponse(asHTTP11(src), nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
+	id := ""
+	if s == nil {
+		id = idIn(src)
+	}
+	answer := asHTTP11(src)
+	resp, err := http.ReadResponse(answer, nil) //nolint:bodyclose // The body is what the handler reads, and goes with it.
 	switch {
 	case err != nil && s != nil && s.ctx.Err() != nil:
 		gone = true
 		h.gone(w, r)
 		return
 	case err != nil || resp.StatusCode < http.StatusOK:
+		if id != "" {
+			s, _ = h.take(r, id)
+		}
+		if s != nil {
+			s.giveUp(malformed(err, limited))
+		}
 		http.Error(w, "want an HTTP response as the body", http.StatusBadRequest)
 		return
 	}
@@ -82,12 +95,12 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 	if deadline, ok := s.ctx.Deadline(); ok {
 		_ = control.SetReadDeadline(deadline)
 	}
-	if s.method == http.MethodHead {
-		resp.Body = http.NoBody
-	}
-	body := &pushed{ReadCloser: resp.Body, stop: watch, done: make(chan error, 1)}
+	body := &pushed{ReadCloser: resp.Body, s: s, stop: watch, done: make(chan error, 1), more: func() bool {
+		return answer.Buffered() > 0 || src.Buffered() > 0 || r.ContentLength > limited.read
+	}}
 	resp.Body = body
 	if s.method == http.MethodHead {
+		body.err = io.EOF
 		body.end(nil)
 	}
 	s.answer <- resp
@@ -99,6 +112,10 @@ func (h *Hub) Push(w http.ResponseWriter, r *http.Request) {
 		default: // Whoever scraped has gone.
 			err = context.Canceled
 		}
+	case <-s.lost: // The client's credential was revoked.
+		_ = control.SetReadDeadline(time.Now())
+		<-s.done
+		err = context.Canceled
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -143,8 +160,9 @@ func (h *Hub) take(r *http.Request, id string) (*scrape, *reverse.Refusal) {
 	gone := &reverse.Refusal{Status: http.StatusGone, Text: "nobody waits for this response"}
 	h.mu.Lock()
 	s := h.scrapes[id]
+	taken := s != nil && s.taken
 	h.mu.Unlock()
-	if s == nil {
+	if s == nil || taken {
 		h.late.Inc()
 		return nil, gone
 	}
@@ -162,21 +180,52 @@ func (h *Hub) take(r *http.Request, id string) (*scrape, *reverse.Refusal) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.scrapes[id] != s {
+	if h.scrapes[id] != s || s.taken {
 		h.late.Inc()
 		return nil, gone
 	}
-	delete(h.scrapes, id)
+	s.taken = true
 	return s, nil
 }
 
-// headerLimit bounds what is read as a header.
-type headerLimit struct {
-	r    io.Reader
-	left int // below zero: no limit any more
+// idIn returns the ID that stands in the head of a response, which need not be well-formed: "" if
+// there is none in what has come at once.
+func idIn(src *bufio.Reader) string {
+	_, _ = src.Peek(1)
+	head, _ := src.Peek(src.Buffered())
+	for line := range bytes.Lines(head) {
+		name, value, found := bytes.Cut(bytes.TrimSpace(line), []byte(":"))
+		switch {
+		case len(name) == 0 && !found: // The end of the head.
+			return ""
+		case found && bytes.EqualFold(name, []byte(headerID)):
+			return string(bytes.TrimSpace(value))
+		}
+	}
+	return ""
 }
 
-func (l *headerLimit) Read(b []byte) (int, error) {
+// malformed returns what came of a response whose head cannot be read, with the error of that; nil
+// is one that has no status of a response.
+func malformed(err error, from *pushBody) error {
+	switch {
+	case from.broken:
+		return reverse.ErrGone
+	case err == nil:
+		return reverse.ErrMalformed
+	}
+	return fmt.Errorf("%w: %w", reverse.ErrMalformed, err)
+}
+
+// pushBody is the body of a push, of which what is read as a header is bounded.
+type pushBody struct {
+	r      io.Reader
+	left   int   // below zero: no limit any more
+	read   int64 // bytes
+	broken bool  // the connection is
+}
+
+func (l *pushBody) Read(b []byte) (int, error) {
 	if l.left == 0 {
 		return 0, errors.New("the header is too large")
 	}
@@ -187,22 +236,44 @@ func (l *headerLimit) Read(b []byte) (int, error) {
 	if l.left > 0 {
 		l.left -= n
 	}
+	l.read += int64(n)
+	l.broken = l.broken || err != nil && err != io.EOF
 	return n, err
 }
 
 // pushed is the body of a response, which tells when it has been read.
 type pushed struct {
 	io.ReadCloser
+	s    *scrape
 	once sync.Once
 	stop func() bool // ends the watch over the scrape; nil: there is none
+	more func() bool // tells whether bytes are left in the push
+	err  error       // after the end, when the rest is not to be touched any more
 	done chan error
 }
 
 func (p *pushed) Read(b []byte) (int, error) {
-	n, err := p.ReadCloser.Read(b)
-	if err != nil {
-		p.end(err)
+	if p.err != nil {
+		return 0, p.err
 	}
+	n, err := p.ReadCloser.Read(b)
+	switch err {
+	case nil:
+		return n, nil
+	case io.EOF:
+		if p.more() {
+			// A wrong length, or a second response. What is held back keeps this one from looking whole.
+			n, err = 0, reverse.ErrMalformed
+		}
+	default:
+		select {
+		case <-p.s.lost:
+			err = p.s.fault
+		default:
+		}
+	}
+	p.err = err
+	p.end(err)
 	return n, err
 }
 

@@ -112,7 +112,8 @@ func TestProxyPage(t *testing.T) {
 	away.Connected, away.Lines, away.Busy, away.Since = false, 0, 0, now.Add(-5*time.Minute)
 	gone.Connected, gone.Lines, gone.Busy, gone.Goodbye, gone.Since = false, 0, 0, true, now.Add(-50*time.Hour)
 	crowded.Sessions = 2
-	duplicate.Targets[0].Duplicate = true
+	duplicate.Targets[0].Duplicate, duplicate.Targets[0].Holder = true, "fine"
+	gone.Targets[0].Holder = "fine" // It has another name now.
 	legacy.Kind, legacy.Last, legacy.Version, legacy.Instance = "pushprox", down, "", ""
 	failing := client("failing", good, down)
 	failing.Instance, failing.Labels = "front", map[string]string{"env": "prod", "dc": "x"}
@@ -162,9 +163,9 @@ func TestProxyPage(t *testing.T) {
 		"broken":    {"broken 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://broken:9100/metrics now 0.0 ms 500 from target"},
 		"legacy":    {"legacy 192.0.2.7 PushProx, 2 lines, 1 busy for 3 h announced nothing 2 min ago 1.23 s 502 target_down"},
 		"away":      {"away 192.0.2.7 · 1.2.3 away 5 min ago was PTTH job0 http://away:9100/metrics 12 s ago 34 ms 200 ok"},
-		"gone":      {"gone 192.0.2.7 · 1.2.3 stopped 2 d ago was PTTH job0 http://gone:9100/metrics 12 s ago 34 ms 200 ok"},
+		"gone":      {"gone 192.0.2.7 · 1.2.3 stopped 2 d ago was PTTH job0 http://gone:9100/metrics now fine 12 s ago 34 ms 200 ok"},
 		"crowded":   {"crowded 2 processes 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://crowded:9100/metrics 12 s ago 34 ms 200 ok"},
-		"duplicate": {"duplicate 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://duplicate:9100/metrics duplicate 12 s ago 34 ms 200 ok"},
+		"duplicate": {"duplicate 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://duplicate:9100/metrics duplicate of fine 12 s ago 34 ms 200 ok"},
 		"unscraped": {"unscraped 192.0.2.7 · 1.2.3 PTTH, 2 lines, 1 busy for 3 h job0 http://unscraped:9100/metrics not scraped yet"},
 	} {
 		if !slices.Equal(rows[name], want) {

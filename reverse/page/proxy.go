@@ -81,7 +81,9 @@ type row struct {
 	// Job and URL are empty unless this is a target.
 	Job, URL page.Text
 	// Other says what this is when it is no target.
-	Other     string
+	Other string
+	// Holder is the client that is listed instead, if any.
+	Holder    page.Text
 	Duplicate bool
 	Last      scrape
 }
@@ -253,7 +255,7 @@ func clientRowsOf(h hit, now time.Time, limit int) clientRows {
 	})
 	for _, i := range targets[:min(len(targets), limit)] {
 		t := &c.Targets[i]
-		v.Rows = append(v.Rows, row{Job: page.Short(t.Job), URL: page.Short(t.URL(c.Name)), Duplicate: t.Duplicate, Last: scrapeOf(t.Last, now)})
+		v.Rows = append(v.Rows, row{Job: page.Short(t.Job), URL: page.Short(t.URL(c.Name)), Holder: page.Short(t.Holder), Duplicate: t.Duplicate, Last: scrapeOf(t.Last, now)})
 	}
 	switch other := (row{Other: "something else", Last: scrapeOf(c.Last, now)}); {
 	case len(c.Targets) == 0:

@@ -17,7 +17,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/promferry/promferry/internal/safeurl"
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/reverse"
 )
 
@@ -108,9 +108,9 @@ func (d *Dialer) Open(ctx context.Context) (*Line, error) {
 	rw, ok := resp.Body.(io.ReadWriteCloser)
 	if !ok || raw == nil || !strings.EqualFold(resp.Header.Get("Upgrade"), Protocol) {
 		_ = resp.Body.Close()
-		return nil, fmt.Errorf("%w: the upgrade is to %.40q", ErrNoPTTH, resp.Header.Get("Upgrade"))
+		return nil, fmt.Errorf("%w: the upgrade is to %.40q", ErrNoPTTH, httpclient.Shown(resp, resp.Header.Get("Upgrade")))
 	}
-	heartbeat, err := Heartbeat(resp.Header)
+	heartbeat, err := Heartbeat(resp)
 	if err != nil {
 		_ = rw.Close()
 		return nil, err
@@ -119,11 +119,11 @@ func (d *Dialer) Open(ctx context.Context) (*Line, error) {
 }
 
 // Heartbeat reads the header of that name.
-func Heartbeat(h http.Header) (time.Duration, error) {
-	text := h.Get(reverse.HeaderHeartbeat)
+func Heartbeat(resp *http.Response) (time.Duration, error) {
+	text := resp.Header.Get(reverse.HeaderHeartbeat)
 	seconds, err := strconv.ParseFloat(text, 64)
 	if err != nil || !(seconds >= minHeartbeat && seconds <= MaxHeartbeat.Seconds()) {
-		return 0, fmt.Errorf("%s: %.40q: want seconds from %v to %v", reverse.HeaderHeartbeat, text, minHeartbeat, MaxHeartbeat.Seconds())
+		return 0, fmt.Errorf("%s: %.40q: want seconds from %v to %v", reverse.HeaderHeartbeat, httpclient.Shown(resp, text), minHeartbeat, MaxHeartbeat.Seconds())
 	}
 	return time.Duration(seconds * float64(time.Second)), nil
 }
@@ -133,7 +133,7 @@ func NewRefusal(resp *http.Response, asked string) *reverse.Refusal {
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal))
 	refusal := &reverse.Refusal{
 		Status: resp.StatusCode,
-		Text:   fmt.Sprintf("asked for %s: unexpected status %d: %s", asked, resp.StatusCode, safeurl.Line(string(text))),
+		Text:   fmt.Sprintf("asked for %s: unexpected status %d: %s", asked, resp.StatusCode, httpclient.Shown(resp, string(text))),
 	}
 	if resp.Header.Get(reverse.HeaderProxy) == "" && resp.StatusCode < http.StatusInternalServerError {
 		refusal.Text += " (is there a proxy's address for clients at this URL?)"

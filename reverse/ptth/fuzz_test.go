@@ -50,7 +50,7 @@ func FuzzHeartbeat(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		if d, err := ptth.Heartbeat(http.Header{reverse.HeaderHeartbeat: {s}}); err == nil && (d <= 0 || d > ptth.MaxHeartbeat) {
+		if d, err := ptth.Heartbeat(&http.Response{Header: http.Header{reverse.HeaderHeartbeat: {s}}}); err == nil && (d <= 0 || d > ptth.MaxHeartbeat) {
 			t.Fatalf("%q is %v", s, d)
 		}
 	})

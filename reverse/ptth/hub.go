@@ -88,7 +88,7 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		reverse.Refuse(w, err)
 		return
 	}
-	l := &line{hub: h, session: session, phase: uint8(rand.N(256))} //nolint:gosec // Spreads load; nothing depends on it being secret.
+	l := &line{hub: h, session: session, grant: hello.Grant, phase: uint8(rand.N(256))} //nolint:gosec // Spreads load; nothing depends on it being secret.
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		session.Leave(l)
@@ -185,8 +185,8 @@ func (h *Hub) Move() {
 // Revoke closes the lines of clients that are not valid any more.
 func (h *Hub) Revoke(valid func(g reverse.Grant, name string) bool) {
 	for _, l := range h.all() {
-		if g := l.session.Grant(); g != nil && !valid(g, l.session.Name()) {
-			h.cfg.Logger.Warn("Line of a client revoked", "client", l.session.Name(), "identity", g.Identity())
+		if l.grant != nil && (l.session.Revoked() || !valid(l.grant, l.session.Name())) {
+			h.cfg.Logger.Warn("Line of a client revoked", "client", l.session.Name(), "identity", l.grant.Identity())
 			_ = l.Close()
 		}
 	}

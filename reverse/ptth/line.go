@@ -17,6 +17,7 @@ import (
 type line struct {
 	hub     *Hub
 	session *reverse.Session
+	grant   reverse.Grant // the line's own: another one of the session may have another token
 	conn    net.Conn
 
 	mu     sync.Mutex

@@ -9,6 +9,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -19,6 +22,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 
+	"github.com/promferry/promferry/internal/httpclient"
 	"github.com/promferry/promferry/reverse"
 	"github.com/promferry/promferry/reverse/ptth"
 )
@@ -416,15 +420,59 @@ func TestHostileProxy(t *testing.T) {
 	}
 }
 
+// TestRefusalShowsNoToken has a proxy that answers with the token that it was sent, also cut by the
+// limit of what is shown of a header or of a text.
+func TestRefusalShowsNoToken(t *testing.T) {
+	const token = "canary-0123456789-0123456789-0123456789"
+	file := filepath.Join(t.TempDir(), "http.yml")
+	if err := os.WriteFile(file, []byte("authorization: {credentials: "+token+"}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	client, err := httpclient.New("proxy", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, answer := range map[string]func(w http.ResponseWriter, sent string){
+		"text": func(w http.ResponseWriter, sent string) { http.Error(w, "who is "+sent, http.StatusForbidden) },
+		"long text": func(w http.ResponseWriter, sent string) {
+			http.Error(w, strings.Repeat("x", 190)+sent, http.StatusForbidden)
+		},
+		"upgrade": func(w http.ResponseWriter, sent string) {
+			w.Header().Set("Upgrade", strings.Repeat("x", 30)+sent)
+			w.Header().Set("Connection", "Upgrade")
+			w.WriteHeader(http.StatusSwitchingProtocols)
+		},
+		"heartbeat": func(w http.ResponseWriter, sent string) {
+			w.Header().Set("Upgrade", ptth.Protocol)
+			w.Header().Set("Connection", "Upgrade")
+			w.Header().Set(reverse.HeaderHeartbeat, strings.Repeat("x", 30)+sent)
+			w.WriteHeader(http.StatusSwitchingProtocols)
+		},
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			answer(w, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
+		}))
+		u, err := url.Parse(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = (&ptth.Dialer{URL: u, HTTP: client, HandshakeTimeout: time.Minute}).Open(t.Context())
+		server.Close()
+		if err == nil || strings.Contains(err.Error(), "canary") || !strings.Contains(err.Error(), "...") {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
 // TestHostileHeartbeatHeader: a heartbeat that is none, or of a length that makes no sense, is refused.
 func TestHostileHeartbeatHeader(t *testing.T) {
 	for _, value := range []string{"", "0", "-1", "NaN", "Inf", "+Inf", "1e9", "601", "x", "0x1p-2000", "15s"} {
-		if d, err := ptth.Heartbeat(http.Header{reverse.HeaderHeartbeat: {value}}); err == nil {
+		if d, err := ptth.Heartbeat(&http.Response{Header: http.Header{reverse.HeaderHeartbeat: {value}}}); err == nil {
 			t.Errorf("%q is taken for %v", value, d)
 		}
 	}
 	for _, value := range []string{"1", "15", "0.05", "600"} {
-		if d, err := ptth.Heartbeat(http.Header{reverse.HeaderHeartbeat: {value}}); err != nil || fmt.Sprint(d.Seconds()) != value {
+		if d, err := ptth.Heartbeat(&http.Response{Header: http.Header{reverse.HeaderHeartbeat: {value}}}); err != nil || fmt.Sprint(d.Seconds()) != value {
 			t.Errorf("%q: %v %v", value, d, err)
 		}
 	}
