@@ -45,9 +45,9 @@ func FaultOf(err error) *Fault {
 // Explain tells why something of a text was left out, and where that stands. It reads the
 // text once more, so it is for a person, not for each scrape.
 func Explain(text []byte, l LeftOut) *Fault {
-	what := fmt.Sprintf("%s: %s", l.Family, phrases[l.Reason])
+	what := fmt.Sprintf("%.200s: %s", l.Family, phrases[l.Reason])
 	if l.Series > 1 {
-		what = fmt.Sprintf("%s: %d series, %s", l.Family, l.Series, phrases[l.Reason])
+		what = fmt.Sprintf("%.200s: %d series, %s", l.Family, l.Series, phrases[l.Reason])
 	}
 	seen := make(map[string]int)
 	number, types := 0, 0
@@ -83,7 +83,7 @@ func Explain(text []byte, l LeftOut) *Fault {
 			seen[key] = number
 		case ReasonLabel:
 			if name := badLabel(sampleName(line), sample(line)); name != "" {
-				return &Fault{Line: number, Text: fmt.Sprintf("%s: %q", what, name)}
+				return &Fault{Line: number, Text: fmt.Sprintf("%s: %.200q", what, name)}
 			}
 		default:
 			return &Fault{Line: number, Text: what}

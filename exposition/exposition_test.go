@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/klauspost/compress/gzip"
 	dto "github.com/prometheus/client_model/go"
@@ -217,6 +218,43 @@ func TestReadFails(t *testing.T) {
 		if families != nil || left != nil {
 			t.Errorf("%s: an error with %d families", name, len(families))
 		}
+	}
+}
+
+// TestReadCutsItsErrors has expositions of which an error would quote megabytes.
+func TestReadCutsItsErrors(t *testing.T) {
+	const most = 500
+	long := strings.Repeat("9é", 1<<19)
+	for name, tc := range map[string]struct{ body, contentType string }{
+		"number":       {"m " + long + "\n", "text/plain"},
+		"timestamp":    {"m 1 " + long + "\n", "text/plain"},
+		"type":         {"# TYPE m " + long + "\n", "text/plain"},
+		"name":         {strings.Repeat("m", 1<<20) + "{l} 1\n", "text/plain"},
+		"content type": {"m 1\n", "text/" + long},
+	} {
+		_, _, err := exposition.Read(t.Context(), []byte(tc.body), tc.contentType)
+		if err == nil {
+			t.Errorf("%s: no error", name)
+			continue
+		}
+		if text := err.Error(); len(text) > most || !utf8.ValidString(text) {
+			t.Errorf("%s: an error of %d bytes: %.300q", name, len(text), text)
+		}
+		if fault := exposition.FaultOf(err); fault != nil && (len(fault.Error()) > most || fault.Line != 1) {
+			t.Errorf("%s: a fault of %d bytes in line %d", name, len(fault.Error()), fault.Line)
+		}
+	}
+	text := []byte(strings.Repeat("m", 1<<20) + "{__l" + strings.Repeat("l", 1<<20) + "=\"1\"} 1\n")
+	families, _, err := exposition.Read(t.Context(), text, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, left := node.Check(families)
+	if len(left) != 1 {
+		t.Fatal(left)
+	}
+	if fault := exposition.Explain(text, left[0]).Error(); len(fault) > most || !strings.Contains(fault, "has a label") {
+		t.Errorf("an explanation of %d bytes: %.300q", len(fault), fault)
 	}
 }
 

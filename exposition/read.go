@@ -19,6 +19,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/promferry/promferry/internal/safeurl"
 )
 
 // Accept is what a scrape sends as its Accept header: protobuf first, for it costs a
@@ -57,7 +59,7 @@ func Read(ctx context.Context, b []byte, contentType string) ([]*dto.MetricFamil
 	case expfmt.TypeTextPlain:
 		families, left, err = readText(ctx, b)
 	default:
-		return nil, nil, fmt.Errorf("unexpected content type %q", contentType)
+		return nil, nil, fmt.Errorf("unexpected content type %.200q", contentType)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -160,12 +162,17 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, []LeftOut, er
 const maxLines = 2_000_000
 
 // ParseText reads a text as it is, in the order of the families' names: unlike Read it mends and
-// bounds nothing but its time. Errors are ctx's or the parser's.
+// bounds nothing but its time. Errors are ctx's or the parser's, an
+// expfmt.ParseError whose text is cut.
 func ParseText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	// UTF-8 names are read so that Rules.Check can leave out just the families that have
 	// them.
 	parser := expfmt.NewTextParser(model.UTF8Validation)
 	byName, err := parser.TextToMetricFamilies(&reader{ctx: ctx, r: bytes.NewReader(b)})
+	if pe, ok := errors.AsType[expfmt.ParseError](err); ok {
+		pe.Msg = safeurl.Cut(pe.Msg) // It quotes the text: a number may be all of it.
+		err = pe
+	}
 	if err != nil {
 		return nil, cmp.Or(ctx.Err(), err)
 	}

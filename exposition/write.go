@@ -10,6 +10,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"google.golang.org/protobuf/encoding/protodelim"
+
+	"github.com/promferry/promferry/internal/safeurl"
 )
 
 // A Format is what an exposition is written in.
@@ -42,7 +44,7 @@ func Write(w io.Writer, families []*dto.MetricFamily, format Format) error {
 			_, err = protodelim.MarshalTo(w, family)
 		}
 		if err != nil {
-			return fmt.Errorf("write family %s: %w", family.GetName(), err)
+			return fmt.Errorf("write family %.200s: %w", family.GetName(), safeurl.CutError(err))
 		}
 	}
 	return nil

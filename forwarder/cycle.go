@@ -210,7 +210,7 @@ const maxToldName = 120
 func describe(l exposition.LeftOut) string {
 	name := l.Family
 	if len(name) > maxToldName {
-		name = name[:maxToldName] + "..."
+		name = strings.ToValidUTF8(name[:maxToldName], "") + "..."
 	}
 	if !model.LegacyValidation.IsValidMetricName(name) {
 		name = strconv.Quote(name)

@@ -3,13 +3,13 @@ package gateway
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"log/slog"
 	"net/http"
 	"strconv"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
-	"github.com/prometheus/common/model"
 	"github.com/prometheus/common/version"
 )
 
@@ -50,43 +50,84 @@ func (g *Gateway) apiMetrics(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	now := time.Now()
-	comma := ""
-	for _, s := range states {
-		group, err := s.listed(now)
-		if err != nil {
-			g.config.Logger.Warn("Group listed without its families", "group", s.group.key.String(), "err", err)
+	for i, s := range states {
+		if i > 0 {
+			_, _ = io.WriteString(body, ",")
 		}
-		b, err := json.Marshal(group)
-		if err != nil {
-			g.config.Logger.Warn("Group not listed", "group", s.group.key.String(), "err", err)
-			continue
+		if err := s.list(body, now, g.config.Logger); err != nil {
+			g.config.Logger.Debug("Groups not listed", "err", err)
+			return // The listing is cut, so that no reader takes it for all groups.
 		}
-		if _, err := fmt.Fprintf(body, "%s%s", comma, b); err != nil {
-			return
-		}
-		comma = ","
 	}
 	_, _ = fmt.Fprint(body, "]}")
 }
 
-// listed returns a group as it is listed: each family under its name, and its labels.
-func (s *state) listed(now time.Time) (map[string]any, error) {
-	p := newPage(model.NoEscaping)
-	p.state(s, now)
-	b := getBuffer()
-	defer putBuffer(b)
-	_ = p.write(b)
-	parser := expfmt.NewTextParser(model.UTF8Validation)
-	families, err := parser.TextToMetricFamilies(b)
-	group := make(map[string]any, len(families)+2)
-	if err == nil {
-		for name, family := range families {
-			group[name] = listedFamily(family, s.pushed)
+// list writes a group as it is listed: each family under its name, and its labels. Of its families
+// one is in memory at a time.
+func (s *state) list(w io.Writer, now time.Time, logger *slog.Logger) error {
+	if _, err := io.WriteString(w, "{"); err != nil {
+		return err
+	}
+	err := s.families(now, func(f family) error {
+		if f.name == listedLabels || f.name == listedSuccess {
+			return nil
+		}
+		parsed, err := f.fromText()
+		if err != nil { // It was checked when it was pushed.
+			logger.Warn("Family not listed", "group", s.group.key.String(), "err", err)
+			return nil
+		}
+		name, err := json.Marshal(f.name)
+		if err != nil {
+			return err
+		}
+		family, err := json.Marshal(listedFamily(parsed, s.pushed))
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(w, "%s:%s,", name, family)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	labels, err := json.Marshal(s.group.key.AllLabels())
+	if err != nil {
+		return err
+	}
+	success := (s.content != nil || s.awaited) && !s.failed.After(s.pushed)
+	_, err = fmt.Fprintf(w, "%q:%s,%q:%v}", listedLabels, labels, listedSuccess, success)
+	return err
+}
+
+// What is listed of a group beside its families.
+const (
+	listedLabels  = "labels"
+	listedSuccess = "last_push_successful"
+)
+
+// families calls each with every family of a group, as on a page with all groups. It is valid until
+// each returns.
+func (s *state) families(now time.Time, each func(family) error) error {
+	if c := s.content; c != nil && !s.silent(now) {
+		if err := c.families(readPlain(c.Own, 0), each); err != nil {
+			return err
+		}
+		if err := c.families(readPacked(&c.Text, 0), each); err != nil {
+			return err
 		}
 	}
-	group["labels"] = s.group.key.AllLabels()
-	group["last_push_successful"] = (s.content != nil || s.awaited) && !s.failed.After(s.pushed)
-	return group, err
+	for _, m := range made {
+		if value, ok := m.value(s, now); ok {
+			text := appendHeader(nil, m.name, m.help)
+			f := family{name: m.name, typ: dto.MetricType_GAUGE, header: len(text)}
+			f.text = appendGauge(text, m.name, s.group.labels, value)
+			if err := each(f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func listedFamily(f *dto.MetricFamily, at time.Time) map[string]any {

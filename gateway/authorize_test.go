@@ -67,6 +67,10 @@ func TestRights(t *testing.T) {
 		{"delete by match", jobs{"yours"}, http.MethodDelete, all, http.StatusOK, []string{mine, other}},
 		{"delete by match, mine among them", jobs{"mine"}, http.MethodDelete, all, http.StatusOK, []string{"!mine", other}},
 		{"delete by match, as nobody", jobs{}, http.MethodDelete, all, http.StatusForbidden, []string{mine, other}},
+		// Who has no rights makes the gateway compile nothing, and does not learn what was wrong.
+		{"delete by match, as nobody, a wrong one", jobs{}, http.MethodDelete, matching("job=~("), http.StatusForbidden, []string{mine, other}},
+		{"delete by match, as nobody, a query that cannot be read", jobs{}, http.MethodDelete, "/api/v1/metrics?;", http.StatusForbidden, []string{mine, other}},
+		{"delete by match, as nobody, too many", jobs{}, http.MethodDelete, matching(slices.Repeat([]string{"a=b"}, maxMatchers+1)...), http.StatusForbidden, []string{mine, other}},
 		{"wipe", jobs{"mine", "other"}, http.MethodPut, "/api/v1/admin/wipe", http.StatusForbidden, []string{mine, other}},
 		{"wipe by who may", jobs{"*"}, http.MethodPut, "/api/v1/admin/wipe", http.StatusAccepted, []string{"!mine", "!other"}},
 	} {

@@ -19,6 +19,10 @@ import (
 // grows with the square of their number: 12 s for 10,000.
 const maxLabels = 200
 
+// maxName is the maximum length of the name of a family, in bytes. A page with all groups has one
+// name of each group in memory.
+const maxName = 4096
+
 // check makes families ready to be rendered: it sets the labels of the key in each series, and
 // sorts. It refuses, with what was wrong, all that a Pushgateway refuses within one push, and
 // that by which it, or who scrapes it, breaks. It takes families over.
@@ -31,9 +35,14 @@ func check(families []*dto.MetricFamily, key pushgw.GroupingKey) ([]*dto.MetricF
 		switch {
 		case name == pushTimeName || name == pushFailureTimeName: // The gateway's own to write.
 		case !model.UTF8Validation.IsValidMetricName(name) || hasControl(name):
-			return nil, inconsistent("family %q: that is no name; a name is UTF-8 without control characters, and not empty", name)
+			return nil, inconsistent("family %.200q: that is no name; a name is UTF-8 without control characters, and not empty", name)
+		case len(name) > maxName:
+			return nil, &Refusal{
+				Status: http.StatusUnprocessableEntity, Reason: reasonSize,
+				Text: fmt.Sprintf("family %.200q: the name has %d bytes, the maximum is %d", name, len(name), maxName),
+			}
 		case first != nil && first.GetType() != family.GetType():
-			return nil, inconsistent("family %q: it comes twice, as %s and as %s", name, typeName(first.GetType()), typeName(family.GetType()))
+			return nil, inconsistent("family %.200q: it comes twice, as %s and as %s", name, typeName(first.GetType()), typeName(family.GetType()))
 		case first != nil:
 			first.Metric = append(first.Metric, family.GetMetric()...)
 		default:
@@ -66,7 +75,7 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 		reserved = model.BucketLabel
 	case dto.MetricType_COUNTER, dto.MetricType_GAUGE, dto.MetricType_UNTYPED:
 	default:
-		return inconsistent("family %q: Prometheus reads no %s", family.GetName(), typeName(family.GetType()))
+		return inconsistent("family %.200q: Prometheus reads no %s", family.GetName(), typeName(family.GetType()))
 	}
 	seen := make(map[string]struct{}, len(family.GetMetric()))
 	var key []byte
@@ -92,7 +101,7 @@ func checkFamily(family *dto.MetricFamily, grouping []*dto.LabelPair) error {
 			seen[string(key)] = struct{}{}
 		}
 		if fault != "" {
-			return inconsistent("family %q, series %s: %s", family.GetName(), seriesName(m.GetLabel()), fault)
+			return inconsistent("family %.200q, series %s: %s", family.GetName(), seriesName(m.GetLabel()), fault)
 		}
 	}
 	return nil
@@ -158,13 +167,13 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 	for _, l := range m.GetLabel() {
 		switch {
 		case slices.Contains(replaced, l.GetName()):
-			return fmt.Sprintf("the label %q comes twice", l.GetName())
+			return fmt.Sprintf("the label %.200q comes twice", l.GetName())
 		case isSet(l.GetName()): // That of the key replaces it.
 			replaced = append(replaced, l.GetName())
 		case !validLabel(l.GetName()):
-			return fmt.Sprintf("%q is no name of a label", l.GetName())
+			return fmt.Sprintf("%.200q is no name of a label", l.GetName())
 		case !utf8.ValidString(l.GetValue()):
-			return fmt.Sprintf("the value of the label %q is not UTF-8", l.GetName())
+			return fmt.Sprintf("the value of the label %.200q is not UTF-8", l.GetName())
 		case l.GetValue() != "":
 			labels = append(labels, l)
 		}
@@ -174,7 +183,7 @@ func setLabels(m *dto.Metric, grouping []*dto.LabelPair, reserved string) string
 	for i, l := range labels {
 		switch {
 		case i > 0 && labels[i-1].GetName() == l.GetName():
-			return fmt.Sprintf("the label %q comes twice", l.GetName())
+			return fmt.Sprintf("the label %.200q comes twice", l.GetName())
 		case l.GetName() == reserved:
 			return fmt.Sprintf("it must not have an explicit %q label, neither of its own nor in the grouping key", reserved)
 		case l.GetName() == model.InstanceLabel:
@@ -207,19 +216,18 @@ func hasControl(name string) bool {
 	return false
 }
 
-// collision returns the two families of which one has the name of a series of the other, a
-// summary or a histogram: in a text nobody can tell which of them a sample belongs to.
-func collision(families []family) error {
+// collision tells which of families has the name of a series of another one, a summary or a
+// histogram: in a text nobody can tell which of them a sample belongs to. The error is a *Refusal.
+func collision(families []heading) error {
 	byName := make(map[string]dto.MetricType)
 	for _, f := range families {
-		// Families without series are not kept, and no others have series of other names.
-		if len(f.text) > 0 && (f.typ == dto.MetricType_SUMMARY || f.typ == dto.MetricType_HISTOGRAM) {
+		if f.typ == dto.MetricType_SUMMARY || f.typ == dto.MetricType_HISTOGRAM {
 			byName[f.name] = f.typ
 		}
 	}
 	for _, f := range families {
-		if base := collidesWith(f.name, byName); len(f.text) > 0 && base != "" {
-			return inconsistent("family %q: the %s %q has series of this name", f.name, typeName(byName[base]), base)
+		if base := collidesWith(f.name, byName); base != "" {
+			return inconsistent("family %.200q: the %s %.200q has series of this name", f.name, typeName(byName[base]), base)
 		}
 	}
 	return nil
@@ -240,6 +248,10 @@ func collidesWith(name string, byName map[string]dto.MetricType) string {
 
 var suffixes = []string{"_count", "_sum", "_bucket"}
 
+func hasAnySuffix(name string) bool {
+	return slices.ContainsFunc(suffixes, func(suffix string) bool { return strings.HasSuffix(name, suffix) })
+}
+
 // hasSuffix tells whether series of a type have a suffix.
 func hasSuffix(typ dto.MetricType, suffix string) bool {
 	return typ == dto.MetricType_HISTOGRAM || typ == dto.MetricType_SUMMARY && suffix != "_bucket"
@@ -256,6 +268,37 @@ func tooManyLabels(n int) error {
 	return &Refusal{
 		Status: http.StatusUnprocessableEntity, Reason: reasonSize,
 		Text: fmt.Sprintf("a series has %d labels, those of the grouping key among them, and may have %d", n, maxLabels),
+	}
+}
+
+// textSize returns how long the text of families in a group is at least, in bytes: without
+// values, and without what has to be escaped.
+func textSize(families []*dto.MetricFamily, key pushgw.GroupingKey) int {
+	const perLine, perLabel = len("{} 0\n"), len(`=""`)
+	grouping := perLine
+	for name, value := range key.AllLabels() {
+		grouping += len(name) + len(value) + perLabel
+	}
+	size := 0
+	for _, f := range families {
+		size += len(f.GetHelp()) + len(f.GetName())
+		for _, m := range f.GetMetric() {
+			line := grouping + len(f.GetName())
+			for _, l := range m.GetLabel() {
+				if _, ok := key.Labels[l.GetName()]; !ok && l.GetName() != model.JobLabel && l.GetValue() != "" {
+					line += len(l.GetName()) + len(l.GetValue()) + perLabel
+				}
+			}
+			size += line * max(1, len(m.GetSummary().GetQuantile()), len(m.GetHistogram().GetBucket()))
+		}
+	}
+	return size
+}
+
+func tooLargeGroup(most int) error {
+	return &Refusal{
+		Status: http.StatusRequestEntityTooLarge, Reason: reasonSize,
+		Text: fmt.Sprintf("the group would have more than %d bytes of text, with the labels of the grouping key in each series (--limit.group-bytes): push less, or make a smaller group with PUT", most),
 	}
 }
 

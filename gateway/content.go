@@ -2,8 +2,10 @@ package gateway
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"slices"
 	"strconv"
@@ -67,14 +69,14 @@ func render(b *bytes.Buffer, families []*dto.MetricFamily) ([]family, error) {
 	for _, f := range families {
 		if len(f.GetMetric()) > 0 { // Others have no text. An add removes with them what there was.
 			if _, err := expfmt.MetricFamilyToText(b, f); err != nil {
-				return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+				return nil, fmt.Errorf("write family %.200s: %w", f.GetName(), err)
 			}
 		}
 		one := family{name: f.GetName(), typ: f.GetType(), quoted: isQuoted(f)}
 		if isNative(f) {
 			var native bytes.Buffer
 			if _, err := protodelim.MarshalTo(&native, f); err != nil {
-				return nil, fmt.Errorf("write family %s: %w", f.GetName(), err)
+				return nil, fmt.Errorf("write family %.200s: %w", f.GetName(), err)
 			}
 			one.native = native.Bytes()
 		}
@@ -130,6 +132,300 @@ func (f family) number() float64 {
 	return largest
 }
 
+// content is what a group holds, and what is kept of it on disk. It is never changed.
+type content struct {
+	// Own is the text of the families that Prometheus makes of a scrape itself. Text is that
+	// of the others. Both are in order of the families' names.
+	Own  plainText  `json:"own,omitempty"`
+	Text packedText `json:"text"`
+	// Series is how many series it has in all.
+	Series int `json:"series"`
+	// Quoted are the names of the families that have names in quotes, in order.
+	Quoted []string `json:"quoted,omitempty"`
+	// Native are families that have native histograms, as delimited protobuf messages.
+	Native map[string][]byte `json:"native,omitempty"`
+	// Down tells that up is 0.
+	Down bool `json:"down,omitempty"`
+	// ExpiresAfter is for how long after its last put the group is good. Zero means that it
+	// does not say that.
+	ExpiresAfter time.Duration `json:"expires_after_ns,omitempty"`
+
+	// clashing are the families that may not stand beside every other one.
+	clashing []heading
+}
+
+// plainText is a text that is written to disk as it is.
+type plainText []byte
+
+// MarshalText implements [encoding.TextMarshaler].
+func (t plainText) MarshalText() ([]byte, error) { return t, nil }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (t *plainText) UnmarshalText(b []byte) error {
+	*t = bytes.Clone(b)
+	return nil
+}
+
+// heading is the name and the type of a family.
+type heading struct {
+	name string
+	typ  dto.MetricType
+}
+
+// mayClash tells whether a family has series of other names, or a name that a series of another
+// family may have.
+func (h heading) mayClash() bool {
+	return h.typ == dto.MetricType_SUMMARY || h.typ == dto.MetricType_HISTOGRAM || hasAnySuffix(h.name)
+}
+
+// maxExpiry is the longest time that a group can ask for, 30 years, in seconds.
+const maxExpiry = 1e9
+
+// build makes a content of rendered families, which it copies. Most is the maximum of its size. An
+// error is a *Refusal.
+func build(families []family, most int) (*content, error) {
+	return (*content)(nil).with(families, most)
+}
+
+// with returns a content of families, which it copies, and those of c that they do not replace. Of
+// the text of c only a piece is in memory at a time. Most is the maximum of its size. Errors that
+// are due to the families are *Refusal.
+func (c *content) with(families []family, most int) (*content, error) {
+	var replaced map[string]bool
+	if c == nil {
+		c = &content{}
+	} else {
+		replaced = make(map[string]bool, len(families))
+		for _, f := range families {
+			replaced[f.name] = true
+		}
+	}
+	// Families without text have only replaced others.
+	families = slices.DeleteFunc(slices.Clone(families), func(f family) bool { return len(f.text) == 0 })
+	slices.SortFunc(families, func(a, b family) int { return strings.Compare(a.name, b.name) })
+	b := &builder{most: most, text: newPacker()}
+	for _, f := range families {
+		if h := (heading{f.name, f.typ}); h.mayClash() {
+			b.content.clashing = append(b.content.clashing, h)
+		}
+	}
+	for _, h := range c.clashing {
+		if !replaced[h.name] {
+			b.content.clashing = append(b.content.clashing, h)
+		}
+	}
+	err := collision(b.content.clashing)
+	if err == nil {
+		err = b.addAll(c, families, replaced)
+	}
+	if err != nil {
+		b.text.release()
+		return nil, err
+	}
+	return b.finish(), nil
+}
+
+// builder makes a content.
+type builder struct {
+	content content
+	text    *packer
+	size    int // of what is in it
+	most    int
+}
+
+// addAll adds families, which are in order, and those of old that they do not replace.
+func (b *builder) addAll(old *content, families []family, replaced map[string]bool) error {
+	own := func(f family) bool { return slices.Contains(prometheusOwn, f.name) }
+	oldOwn, err := old.split(old.Own)
+	if err != nil {
+		return err
+	}
+	oldOwn = slices.DeleteFunc(oldOwn, func(f family) bool { return replaced[f.name] })
+	for _, f := range families {
+		if own(f) {
+			oldOwn = append(oldOwn, f)
+		}
+	}
+	slices.SortFunc(oldOwn, func(a, b family) int { return strings.Compare(a.name, b.name) })
+	for _, f := range oldOwn {
+		if err := b.add(f, true); err != nil {
+			return err
+		}
+	}
+	families = slices.DeleteFunc(families, own)
+	r := readPacked(&old.Text, 0)
+	defer r.release()
+	for {
+		name, err := r.name()
+		end := errors.Is(err, io.EOF)
+		if err != nil && !end {
+			return err
+		}
+		for len(families) > 0 && (end || families[0].name < string(name)) {
+			if err := b.add(families[0], false); err != nil {
+				return err
+			}
+			families = families[1:]
+		}
+		if end {
+			return nil
+		}
+		if replaced[string(name)] {
+			_, err = r.header(nil)
+			err = cmp.Or(err, r.series(nil))
+		} else {
+			err = b.copy(old, string(name), &r)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// add adds a family to those that Prometheus makes itself, or to the others.
+func (b *builder) add(f family, own bool) error {
+	if err := b.grow(len(f.text)); err != nil {
+		return err
+	}
+	if own {
+		b.content.Own = append(b.content.Own, f.text...)
+	} else {
+		b.text.write(f.text)
+	}
+	b.content.Series += f.series()
+	switch f.name {
+	case upName:
+		b.content.Down = f.number() == 0
+	case expiresAfterName:
+		if n := f.number(); n > 0 { // Not NaN.
+			b.content.ExpiresAfter = time.Duration(min(n, maxExpiry) * float64(time.Second))
+		}
+	}
+	return b.note(f.name, f.quoted, f.native)
+}
+
+// copy adds the family of another content at which a reader of its text is.
+func (b *builder) copy(from *content, name string, r *textReader) error {
+	if _, err := r.header(b); err != nil {
+		return err
+	}
+	if err := r.series(seriesCounter{b}); err != nil {
+		return err
+	}
+	if name == expiresAfterName {
+		b.content.ExpiresAfter = from.ExpiresAfter
+	}
+	return b.note(name, from.isQuoted(name), from.Native[name])
+}
+
+// note notes what is known of a family beside its text.
+func (b *builder) note(name string, quoted bool, native []byte) error {
+	if quoted {
+		b.content.Quoted = append(b.content.Quoted, name)
+	}
+	if native == nil {
+		return nil
+	}
+	if b.content.Native == nil {
+		b.content.Native = make(map[string][]byte)
+	}
+	b.content.Native[name] = native
+	return b.grow(len(native))
+}
+
+// grow notes that there are n bytes more, or returns that this is too much.
+func (b *builder) grow(n int) error {
+	if b.size += n; b.size > b.most {
+		return tooLargeGroup(b.most)
+	}
+	return nil
+}
+
+// Write adds a part of a text to the others.
+func (b *builder) Write(text []byte) (int, error) {
+	if err := b.grow(len(text)); err != nil {
+		return 0, err
+	}
+	b.text.write(text)
+	return len(text), nil
+}
+
+// seriesCounter adds parts of a text, and counts the series in them.
+type seriesCounter struct{ *builder }
+
+func (c seriesCounter) Write(text []byte) (int, error) {
+	c.content.Series += bytes.Count(text, []byte{'\n'})
+	return c.builder.Write(text)
+}
+
+func (b *builder) finish() *content {
+	b.content.Own, b.content.Text = bytes.Clone(b.content.Own), b.text.packed()
+	slices.Sort(b.content.Quoted)
+	c := b.content // Without the builder behind it.
+	return &c
+}
+
+func (c *content) isQuoted(name string) bool {
+	_, ok := slices.BinarySearch(c.Quoted, name)
+	return ok
+}
+
+// size returns the length of the text, and of what it lacks of native histograms, in bytes.
+func (c *content) size() int {
+	n := len(c.Own) + c.Text.Size
+	for _, native := range c.Native {
+		n += len(native)
+	}
+	return n
+}
+
+// memory returns how much memory the content takes, in bytes. Nil takes none.
+func (c *content) memory() int {
+	if c == nil {
+		return 0
+	}
+	n := len(c.Own) + len(c.Text.Stream)
+	for name, native := range c.Native {
+		n += len(name) + len(native)
+	}
+	for _, name := range c.Quoted {
+		n += len(name)
+	}
+	for _, h := range c.clashing {
+		n += len(h.name)
+	}
+	return n
+}
+
+// restored returns the content as it is kept, after it was read from disk. An error means that it
+// is damaged.
+func (c *content) restored() (*content, error) {
+	text, err := c.Text.unpack()
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(c.Quoted)
+	own, err := c.split(c.Own)
+	if err != nil {
+		return nil, err
+	}
+	others, err := c.split(text)
+	if err != nil {
+		return nil, err
+	}
+	families := append(own, others...)
+	inOrder := slices.IsSortedFunc(others, func(a, b family) int { return strings.Compare(a.name, b.name) })
+	if !inOrder || !c.Text.inPieces() { // As earlier versions wrote it.
+		return build(families, math.MaxInt)
+	}
+	for _, f := range families {
+		if h := (heading{f.name, f.typ}); h.mayClash() {
+			c.clashing = append(c.clashing, h)
+		}
+	}
+	return c, nil
+}
+
 // split cuts a text that was rendered into its families.
 func (c *content) split(text []byte) ([]family, error) {
 	var families []family
@@ -143,129 +439,56 @@ func (c *content) split(text []byte) ([]family, error) {
 			end += bytes.IndexByte(text[end:], '\n') + 1
 		}
 		f.text, text = text[:end:end], text[end:]
+		name, ok := nameIn(f.text)
+		if !ok {
+			return nil, errNoHeader
+		}
+		header := bytes.TrimSuffix(f.text[:f.header], []byte{'\n'})
 		var err error
-		if f.name, f.typ, err = parseHeader(f.text[:f.header]); err != nil {
+		if f.typ, err = typeIn(header[bytes.LastIndexByte(header, '\n')+1:]); err != nil {
 			return nil, err
 		}
-		f.quoted = slices.Contains(c.Quoted, f.name)
-		f.native = c.Native[f.name]
+		f.name = string(name)
+		f.quoted, f.native = c.isQuoted(f.name), c.Native[f.name]
 		families = append(families, f)
 	}
 	return families, nil
 }
 
-// parseHeader returns the name and the type of a family, of which its last header line tells.
-func parseHeader(header []byte) (string, dto.MetricType, error) {
-	line := bytes.TrimSuffix(header, []byte{'\n'})
-	line = line[bytes.LastIndexByte(line, '\n')+1:]
-	rest, ok := bytes.CutPrefix(line, []byte("# TYPE "))
-	end := bytes.LastIndexByte(rest, ' ')
-	if !ok || end < 0 {
-		return "", 0, fmt.Errorf("%.200q is no header of a family", header)
+// families calls each with every family of a text of the content, of which one is in memory at a
+// time. It is valid until each returns.
+func (c *content) families(r textReader, each func(family) error) error {
+	defer func() { r.release() }()
+	var text bytes.Buffer
+	for {
+		f, err := c.next(&r, &text)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err == nil {
+			err = each(f)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	name := string(rest[:end])
-	if quoted, ok := strings.CutPrefix(name, `"`); ok {
-		name = unescapeValue.Replace(strings.TrimSuffix(quoted, `"`))
-	}
-	typ, ok := dto.MetricType_value[strings.ToUpper(string(rest[end+1:]))]
-	if !ok {
-		return "", 0, fmt.Errorf("%.200q has no type that there is", header)
-	}
-	return name, dto.MetricType(typ), nil
 }
 
-// content is what a group holds, and what is kept of it on disk. It is never changed.
-type content struct {
-	// Own is the text of the families that Prometheus makes of a scrape itself. Text is that
-	// of the others.
-	Own  string     `json:"own,omitempty"`
-	Text packedText `json:"text"`
-	// Series is how many series it has in all.
-	Series int `json:"series"`
-	// Quoted are the names of the families that have names in quotes.
-	Quoted []string `json:"quoted,omitempty"`
-	// Native are families that have native histograms, as delimited protobuf messages.
-	Native map[string][]byte `json:"native,omitempty"`
-	// Down tells that up is 0.
-	Down bool `json:"down,omitempty"`
-	// ExpiresAfter is for how long after its last put the group is good. Zero means that it
-	// does not say that.
-	ExpiresAfter time.Duration `json:"expires_after_ns,omitempty"`
-}
-
-// maxExpiry is the longest time that a group can ask for, 30 years, in seconds.
-const maxExpiry = 1e9
-
-// newContent makes a content of rendered families, which it copies.
-func newContent(families []family) *content {
-	families = slices.DeleteFunc(slices.Clone(families), func(f family) bool { return len(f.text) == 0 })
-	slices.SortFunc(families, func(a, b family) int { return strings.Compare(a.name, b.name) })
-	c := &content{}
-	var own []byte
-	p := newPacker()
-	for _, f := range families {
-		if slices.Contains(prometheusOwn, f.name) {
-			own = append(own, f.text...)
-		} else {
-			p.write(f.text)
-		}
-		c.Series += f.series()
-		if f.quoted {
-			c.Quoted = append(c.Quoted, f.name)
-		}
-		if f.native != nil {
-			if c.Native == nil {
-				c.Native = make(map[string][]byte)
-			}
-			c.Native[f.name] = f.native
-		}
-		switch f.name {
-		case upName:
-			c.Down = f.number() == 0
-		case expiresAfterName:
-			if n := f.number(); n > 0 { // Not NaN.
-				c.ExpiresAfter = time.Duration(min(n, maxExpiry) * float64(time.Second))
-			}
-		}
-	}
-	c.Own, c.Text = string(own), p.packed()
-	return c
-}
-
-// families returns the families, those that Prometheus makes itself before the others.
-func (c *content) families() ([]family, error) {
-	own, err := c.split([]byte(c.Own))
+// next returns the family at which a reader of a text of the content is, in b. At the end of the
+// text the error is io.EOF.
+func (c *content) next(r *textReader, b *bytes.Buffer) (family, error) {
+	b.Reset()
+	name, err := r.name()
 	if err != nil {
-		return nil, err
+		return family{}, err
 	}
-	others, err := c.others()
-	return append(own, others...), err
-}
-
-// others returns the families that Prometheus does not make itself.
-func (c *content) others() ([]family, error) {
-	text, err := c.Text.unpack()
-	if err != nil {
-		return nil, err
+	f := family{name: string(name)}
+	f.quoted, f.native = c.isQuoted(f.name), c.Native[f.name]
+	if f.typ, err = r.header(b); err != nil {
+		return family{}, err
 	}
-	return c.split(text)
-}
-
-// size returns the length of the text, in bytes.
-func (c *content) size() int { return len(c.Own) + c.Text.Size }
-
-// with returns families and those of the content that they do not replace.
-func (c *content) with(families []family) ([]family, error) {
-	if c == nil {
-		return families, nil
-	}
-	replaced := make(map[string]bool, len(families))
-	for _, f := range families {
-		replaced[f.name] = true
-	}
-	old, err := c.families()
-	if err != nil {
-		return nil, err
-	}
-	return append(slices.Clone(families), slices.DeleteFunc(old, func(f family) bool { return replaced[f.name] })...), nil
+	f.header = b.Len()
+	err = r.series(b)
+	f.text = b.Bytes()
+	return f, err
 }

@@ -3,26 +3,38 @@ package gateway
 import (
 	"net/http"
 	"net/url"
+	"strings"
 
 	"github.com/promferry/promferry/internal/labelmatch"
+	"github.com/promferry/promferry/internal/safeurl"
 	"github.com/promferry/promferry/pushgw"
 )
 
 // matchParameter holds matchers of grouping keys. Where it comes twice, either will do.
 const matchParameter = "match[]"
 
-// matchersOf returns what the query of a request selects: nil where it says nothing of it.
-// Errors are *Refusal.
+// maxMatchers is the maximum number of texts with matchers in a query: each is tried on each group.
+const maxMatchers = 100
+
+// matchersOf returns what the query of a request selects: nil where it says nothing of it. It is
+// for a sender with rights: the query decides how long it takes. Errors are *Refusal.
 func matchersOf(r *http.Request) ([]labelmatch.Matchers, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil { // Part of it would be left out, and more be selected than was meant.
-		return nil, badPath("query %q: %v: want it percent-encoded, as curl -G --data-urlencode does", r.URL.RawQuery, err)
+		return nil, badPath("query %.200q: %v: want it percent-encoded, as curl -G --data-urlencode does", r.URL.RawQuery, err)
 	}
 	var all []labelmatch.Matchers
+	if n := len(query[matchParameter]); n > maxMatchers {
+		return nil, badPath("%s %d times, the maximum is %d; use several requests", matchParameter, n, maxMatchers)
+	}
+	size := 0
 	for _, text := range query[matchParameter] {
 		m, err := labelmatch.Parse(text)
 		if err != nil {
 			return nil, badPath("%s: %v", matchParameter, err)
+		}
+		if size += m.RegexpSize(); size > labelmatch.MaxRegexpSize {
+			return nil, badPath("%s: all regular expressions together have size %d, the maximum is %d; use several requests", matchParameter, size, labelmatch.MaxRegexpSize)
 		}
 		all = append(all, m)
 	}
@@ -42,6 +54,10 @@ func selected(all []labelmatch.Matchers, key pushgw.GroupingKey) bool {
 // deleteMatching deletes all groups that the query selects and the sender may push to, and
 // answers which these were.
 func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
+	may := g.config.Rights.PushToSome(w, r)
+	if may == nil {
+		return
+	}
 	all, err := matchersOf(r)
 	if err == nil && len(all) == 0 {
 		err = badPath(`which groups? Want %s={job="backup",instance=~"web-.*"}, percent-encoded; GET lists what it selects`, matchParameter)
@@ -55,10 +71,6 @@ func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
 		refuse(w, asRefusal(err))
 		return
 	}
-	may := g.config.Rights.PushToSome(w, r)
-	if may == nil {
-		return
-	}
 	keys, err := g.store.DeleteAll(func(key pushgw.GroupingKey) bool { return selected(all, key) && may(key) })
 	if err != nil {
 		refuse(w, asRefusal(err))
@@ -68,7 +80,7 @@ func (g *Gateway) deleteMatching(w http.ResponseWriter, r *http.Request) {
 	for _, key := range keys {
 		deleted = append(deleted, key.AllLabels())
 	}
-	g.config.Logger.Info("Groups deleted", "groups", len(keys), "match", r.URL.Query()[matchParameter], "remote", r.RemoteAddr)
+	g.config.Logger.Info("Groups deleted", "groups", len(keys), "match", safeurl.Cut(strings.Join(r.URL.Query()[matchParameter], " or ")), "remote", r.RemoteAddr)
 	writeJSON(w, map[string]any{"status": "success", "data": map[string]any{"deleted": deleted}})
 }
 

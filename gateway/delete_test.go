@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 )
 
@@ -95,6 +97,21 @@ func TestDeleteFaults(t *testing.T) {
 	} {
 		want(t, ask(g, http.MethodDelete, test.path, ""), http.StatusBadRequest, test.part)
 	}
+	for _, test := range []struct {
+		matchers []string
+		part     string
+	}{
+		{slices.Repeat([]string{`{job="j"}`}, maxMatchers+1), "match[] 101 times, the maximum is 100"},
+		{[]string{`{job=~"(jj){1000}"}`}, "regular expressions of size 5003, the maximum is 2000"},
+		{slices.Repeat([]string{`{job=~"j{300}"}`}, 4), "all regular expressions together have size"},
+		{[]string{`{job="` + strings.Repeat("j", 5000) + `"}`}, "5008 bytes, the maximum is 4096"},
+	} {
+		for method, path := range map[string]string{http.MethodDelete: "/api/v1/metrics", http.MethodGet: "/metrics"} {
+			want(t, ask(g, method, path+"?"+url.Values{matchParameter: test.matchers}.Encode(), ""), http.StatusBadRequest, test.part)
+		}
+	}
+	many := slices.Repeat([]string{`{job=~"j.*",instance=~"web-[0-9]+"}`}, maxMatchers/2)
+	want(t, ask(g, http.MethodGet, matching(many...), ""), http.StatusOK)
 	for _, path := range []string{"/metrics", "/api/v1/metrics"} { // What cannot be read selects nothing, and not everything.
 		want(t, ask(g, http.MethodGet, path+`?match[]={job=~"j;k"}`, ""), http.StatusBadRequest, "percent-encoded")
 	}

@@ -64,7 +64,7 @@ func openDamaged(t *testing.T, file string, states ...map[string]string) (refuse
 	var log bytes.Buffer
 	registry := prometheus.NewRegistry()
 	g, err := New(Config{
-		StoreConfig:  StoreConfig{File: file, ForgetAfter: time.Hour, MaxGroups: 100, MaxSeries: 1000},
+		StoreConfig:  StoreConfig{File: file, ForgetAfter: time.Hour, MaxGroups: 100, MaxSeries: 1000, MaxGroupBytes: 1 << 24, MaxBytes: 1 << 28},
 		MaxBodyBytes: 1 << 20, Gatherer: registry, Registerer: registry, Logger: slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	if err != nil {

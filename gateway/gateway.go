@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/http"
 	"runtime"
 	"slices"
@@ -130,8 +131,8 @@ func answer(w http.ResponseWriter, r *http.Request, handler http.HandlerFunc) {
 }
 
 // maxPages is how many large answers with several groups are made at a time, each of which takes
-// the memory of all their texts, pageTime for how long others wait. One is large above largePage,
-// in bytes of text: who asks for the gateway's own metrics only waits for nobody.
+// memory for a piece of each group, pageTime for how long others wait. One is large above
+// largePage, in bytes of text: who asks for the gateway's own metrics only waits for nobody.
 const (
 	maxPages  = 2
 	pageTime  = 5 * time.Second
@@ -255,15 +256,17 @@ func (g *Gateway) all(w http.ResponseWriter, r *http.Request) {
 	b := getBuffer()
 	defer putBuffer(b)
 	rendered, err := render(b, own)
+	if err == nil {
+		var c *content
+		if c, err = build(rendered, math.MaxInt); err == nil {
+			p.add(c, []byte("{}"))
+		}
+	}
 	if err != nil {
 		g.config.Logger.Warn("Own metrics left out", "err", err)
 	}
-	for _, f := range rendered {
-		p.add(f, []byte("{}"))
-	}
-	now := time.Now()
 	for _, s := range states {
-		p.state(s, now)
+		p.state(s)
 	}
 	body, done := packed(w, r)
 	w.Header().Set("Content-Type", string(expfmt.FmtText.WithEscapingScheme(scheme)))

@@ -27,7 +27,7 @@ func newTest(t testing.TB, change func(*Config)) *Gateway {
 	t.Helper()
 	registry := prometheus.NewRegistry()
 	config := Config{
-		StoreConfig:  StoreConfig{ForgetAfter: 24 * time.Hour, MaxGroups: 100, MaxSeries: 1000},
+		StoreConfig:  StoreConfig{ForgetAfter: 24 * time.Hour, MaxGroups: 100, MaxSeries: 1000, MaxGroupBytes: 1 << 24, MaxBytes: 1 << 28},
 		MaxBodyBytes: 1 << 20, Gatherer: registry, Registerer: registry, Logger: slog.New(slog.DiscardHandler),
 	}
 	if change != nil {
@@ -41,8 +41,21 @@ func newTest(t testing.TB, change func(*Config)) *Gateway {
 		if err := g.Close(); err != nil {
 			t.Error(err)
 		}
+		checkMemory(t, g)
 	})
 	return g
+}
+
+// checkMemory shows that the memory of all groups is counted.
+func checkMemory(t testing.TB, g *Gateway) {
+	t.Helper()
+	memory := 0
+	for _, group := range g.store.groups {
+		memory += group.now.Load().content.memory()
+	}
+	if got := g.store.memory.Load(); got != int64(memory) {
+		t.Errorf("%d bytes of memory are counted, the groups take %d", got, memory)
+	}
 }
 
 // ask sends a request, with headers in pairs.

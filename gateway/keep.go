@@ -135,7 +135,7 @@ func (s *Store) load(logger *slog.Logger) error {
 		r := loaded{number: number}
 		err = cmp.Or(err, json.Unmarshal(b, &r.record)) // Of what is damaged it may still tell whose it is.
 		if err == nil && r.Content != nil {
-			_, err = r.Content.families()
+			r.Content, err = r.Content.restored()
 		}
 		if err == nil && r.Job == "" {
 			err = fmt.Errorf("it has no job")
@@ -158,8 +158,16 @@ func (s *Store) load(logger *slog.Logger) error {
 		g := newGroup(pushgw.GroupingKey{Job: r.Job, Labels: r.Labels}, r.number)
 		st := s.restored(g, r.record)
 		g.kept = st.mark(s.started)
-		g.now.Store(st)
+		s.set(g, st)
 		s.groups[g.path] = g
+		if st.content != nil && st.content.size() > s.config.MaxGroupBytes {
+			logger.Warn("A group on disk is larger than --limit.group-bytes allows: it is kept, and nothing can be added to it",
+				"group", g.key.String(), "bytes", st.content.size(), "limit", s.config.MaxGroupBytes)
+		}
+	}
+	if kept := s.memory.Load(); kept > int64(s.config.MaxBytes) {
+		logger.Warn("Groups on disk take more memory than --limit.total-bytes allows: they are kept, and pushes that need more are refused",
+			"bytes", kept, "limit", s.config.MaxBytes)
 	}
 	return nil
 }
@@ -269,6 +277,7 @@ func (s *Store) remove(groups []*group, wanted func(*state) bool) ([]*group, err
 	defer s.mu.Unlock()
 	for _, g := range held {
 		g.removed = true
+		s.memory.Add(-int64(g.now.Load().content.memory()))
 		delete(s.groups, g.path)
 	}
 	return held, nil

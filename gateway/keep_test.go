@@ -530,7 +530,8 @@ func TestPacked(t *testing.T) {
 			t.Errorf("%d bytes come back as %d, %v", len(text), len(got), err)
 		}
 		for _, n := range []int{0, 1, maxStored - 1, maxStored, maxStored + 1, 2*maxStored + 1} {
-			if got := ungzip(t, packed.gzip(random[:n])); !bytes.Equal(got, slices.Concat(text, random[:n])) {
+			before, behind := packed.gzip(random[:n])
+			if got := ungzip(t, slices.Concat(before, packed.Stream, behind)); !bytes.Equal(got, slices.Concat(text, random[:n])) {
 				t.Errorf("%d bytes and %d: %d come back", len(text), n, len(got))
 			}
 		}
@@ -556,12 +557,8 @@ func TestSplit(t *testing.T) {
 	put(t, g, "/metrics/job/j", "# HELP a # TYPE b gauge\\n\n# TYPE a counter\na{x=\"#\\n# TYPE c gauge\"} 1\n"+
 		"# TYPE \"b # TYPE x\\\\\\\"\" gauge\n{\"b # TYPE x\\\\\\\"\",\"#\"=\"1\"} 1\n# TYPE s summary\ns{quantile=\"0.5\"} 1\ns_sum 1\ns_count 1\nup 1\n")
 	c := g.store.states(time.Now())[0].content
-	families, err := c.families()
-	if err != nil {
-		t.Fatal(err)
-	}
 	got := make(map[string]string)
-	for _, f := range families {
+	for _, f := range familiesOf(t, c) {
 		got[f.name] = fmt.Sprint(f.typ, f.series(), f.quoted)
 	}
 	if want := map[string]string{"a": "COUNTER 1 false", `b # TYPE x\"`: "GAUGE 1 true", "s": "SUMMARY 3 false", "up": "UNTYPED 1 false"}; !maps.Equal(got, want) {
@@ -572,6 +569,22 @@ func TestSplit(t *testing.T) {
 			t.Errorf("%q is %v", text, families)
 		}
 	}
+}
+
+// familiesOf returns copies of the families of a content.
+func familiesOf(t *testing.T, c *content) []family {
+	t.Helper()
+	var all []family
+	for _, r := range []textReader{readPlain(c.Own, 0), readPacked(&c.Text, 0)} {
+		if err := c.families(r, func(f family) error {
+			f.text = bytes.Clone(f.text)
+			all = append(all, f)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return all
 }
 
 // discard is a registerer that keeps nothing.

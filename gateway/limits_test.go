@@ -20,7 +20,7 @@ import (
 
 // TestLimits goes beyond each limit. What was there stays, and others go on.
 func TestLimits(t *testing.T) {
-	g := newTest(t, func(c *Config) { c.MaxGroups, c.MaxSeries, c.MaxBodyBytes = 2, 3, 1000 })
+	g := newTest(t, func(c *Config) { c.MaxGroups, c.MaxSeries, c.MaxBodyBytes, c.MaxGroupBytes = 2, 3, 1000, 1000 })
 	const group = "/metrics/job/j"
 	put(t, g, group, "a 1\n")
 	random := make([]byte, 2000)
@@ -53,7 +53,7 @@ func TestLimits(t *testing.T) {
 	}{
 		{"families without series", group, "# TYPE a gauge\n # TYPE b gauge\n#TYPE c gauge\n# TYPE d gauge\n", nil, http.StatusUnprocessableEntity, "the push has 4 families"},
 		{"families without series, protobuf", group, strings.Repeat("\x00", 4), []string{"Content-Type", string(expfmt.FmtProtoDelim)}, http.StatusUnprocessableEntity, "the push has 4 families"},
-		{"text with the labels", longKey, "a 1\nb 1\n", nil, http.StatusRequestEntityTooLarge, "in each of its 2 series"},
+		{"text with the labels", longKey, "a 1\nb 1\n", nil, http.StatusRequestEntityTooLarge, "--limit.group-bytes"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			want(t, ask(g, http.MethodPut, test.path, test.body, test.headers...), test.status, test.part)

@@ -15,6 +15,7 @@ const (
 	reasonSize         = "too_large"
 	reasonSeries       = "too_many_series"
 	reasonGroups       = "too_many_groups"
+	reasonTotal        = "too_many_bytes"
 	reasonTimeout      = "timeout"
 	reasonDisk         = "disk"
 	reasonBusy         = "busy"
@@ -22,7 +23,7 @@ const (
 )
 
 var results = []string{
-	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTimeout, reasonDisk, reasonBusy,
+	resultSuccess, reasonPath, reasonBody, reasonInconsistent, reasonSize, reasonSeries, reasonGroups, reasonTotal, reasonTimeout, reasonDisk, reasonBusy,
 	reasonRights,
 }
 
@@ -53,7 +54,14 @@ func newMetrics(reg prometheus.Registerer, store *Store) *metrics {
 		Name: "promferry_gateway_limit_groups", Help: "How many groups there may be (--limit.groups).",
 	})
 	limit.Set(float64(store.config.MaxGroups))
-	reg.MustRegister(pushes, m.duration, m.leftOut, limit, collector{store})
+	kept := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "promferry_gateway_groups_bytes", Help: "Memory that the metrics of all groups take, compressed, in bytes.",
+	}, func() float64 { return float64(store.memory.Load()) })
+	limitBytes := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "promferry_gateway_limit_bytes", Help: "Maximum of promferry_gateway_groups_bytes (--limit.total-bytes).",
+	})
+	limitBytes.Set(float64(store.config.MaxBytes))
+	reg.MustRegister(pushes, m.duration, m.leftOut, limit, kept, limitBytes, collector{store})
 	return m
 }
 

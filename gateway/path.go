@@ -45,7 +45,7 @@ func parseKey(path string) (pushgw.GroupingKey, error) {
 	}
 	segments := strings.Split(strings.TrimPrefix(path, "/"), "/")
 	if len(segments)%2 != 0 {
-		return pushgw.GroupingKey{}, badPath("odd number of components in label string %q: want name/value pairs, as in /job/backup/instance/web-1", "/"+strings.Join(segments[min(2, len(segments)):], "/"))
+		return pushgw.GroupingKey{}, badPath("odd number of components in label string %.200q: want name/value pairs, as in /job/backup/instance/web-1", "/"+strings.Join(segments[min(2, len(segments)):], "/"))
 	}
 	for i := 0; i < len(segments); i += 2 {
 		name, err := url.PathUnescape(segments[i])
@@ -65,10 +65,10 @@ func parseKey(path string) (pushgw.GroupingKey, error) {
 	for i := 2; i < len(segments); i += 2 {
 		name := strings.TrimSuffix(segments[i], base64Suffix)
 		if !validLabel(name) || !model.LegacyValidation.IsValidLabelName(name) {
-			return pushgw.GroupingKey{}, badPath("improper label name %q: letters, digits and _ make one, a digit not at the begin, nor two _", name)
+			return pushgw.GroupingKey{}, badPath("improper label name %.200q: letters, digits and _ make one, a digit not at the begin, nor two _", name)
 		}
 		if segments[i+1] == "" {
-			return pushgw.GroupingKey{}, badPath("label %s: an empty path segment; an empty value is written %s%s/=", name, name, base64Suffix)
+			return pushgw.GroupingKey{}, badPath("label %.200s: an empty path segment; an empty value is written %.200s%s/=", name, name, base64Suffix)
 		}
 		if labels[name], err = segmentValue(name, segments[i], segments[i+1]); err != nil {
 			return pushgw.GroupingKey{}, err
@@ -84,17 +84,17 @@ func parseKey(path string) (pushgw.GroupingKey, error) {
 func segmentValue(label, name, value string) (string, error) {
 	value, err := url.PathUnescape(value)
 	if err != nil {
-		return "", badPath("label %s: %v", label, err)
+		return "", badPath("label %.200s: %v", label, err)
 	}
 	if strings.HasSuffix(name, base64Suffix) {
 		decoded, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(value, "="))
 		if err != nil {
-			return "", badPath("label %s: invalid base64 encoding %q: want that for URLs, with - and _ for + and /", label, value)
+			return "", badPath("label %.200s: invalid base64 encoding %.200q: want that for URLs, with - and _ for + and /", label, value)
 		}
 		value = string(decoded)
 	}
 	if !utf8.ValidString(value) {
-		return "", badPath("label %s: the value %q is not UTF-8", label, value)
+		return "", badPath("label %.200s: the value %.200q is not UTF-8", label, value)
 	}
 	return value, nil
 }

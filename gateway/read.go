@@ -60,17 +60,24 @@ func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 		return nil, err
 	}
 	most := g.config.MaxBodyBytes
+	becomeLarge := func() error {
+		if large {
+			return nil
+		}
+		large = true
+		leave()
+		leave = func() {}
+		var err error
+		if done, err = g.largeTurn(r.Context()); err != nil {
+			return err
+		}
+		leave, err = take(r.Context(), g.parsingLarge)
+		return err
+	}
 	n, err := text.ReadFrom(io.LimitReader(body, min(smallBody, most)+1))
 	if err == nil && n > smallBody {
-		if !large { // But unpacked it is.
-			leave()
-			leave = func() {}
-			if done, err = g.largeTurn(r.Context()); err != nil {
-				return nil, err
-			}
-			if leave, err = take(r.Context(), g.parsingLarge); err != nil {
-				return nil, err
-			}
+		if err := becomeLarge(); err != nil { // Unpacked it is.
+			return nil, err
 		}
 		_, err = text.ReadFrom(io.LimitReader(body, most+1-n))
 	}
@@ -84,13 +91,21 @@ func (g *Gateway) read(w http.ResponseWriter, r *http.Request, key pushgw.Groupi
 	if err != nil {
 		return nil, err
 	}
-	if n := exposition.Samples(families); int64(n*len(labelText(key))) > most {
-		return nil, &Refusal{
-			Status: http.StatusRequestEntityTooLarge, Reason: reasonSize,
-			Text: fmt.Sprintf("with the labels of the grouping key in each of its %d series the text would be larger than %d bytes (--limit.body-bytes)", n, most),
+	size := textSize(families, key)
+	if size > g.config.MaxGroupBytes {
+		return nil, tooLargeGroup(g.config.MaxGroupBytes)
+	}
+	if size > smallBody && !large { // A series of a protobuf can be many lines. What was read takes no memory while others are.
+		if err := becomeLarge(); err != nil {
+			return nil, err
+		}
+		if families, err = readFamilies(r.Context(), text.Bytes(), r.Header.Get("Content-Type"), g.config.MaxSeries); err != nil {
+			return nil, err
 		}
 	}
-	return prepare(key, families, r.Method == http.MethodPost), nil
+	p := g.store.prepare(key, families, r.Method == http.MethodPost)
+	p.done, done = done, p.done // What was made of a large body takes memory until it is applied.
+	return p, nil
 }
 
 // take waits for a turn. Leave gives it back.
@@ -149,7 +164,7 @@ func unpacker(encoding string, packed io.Reader) (io.Reader, error) {
 }
 
 func badEncoding(encoding string, err error) error {
-	return badBody(fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %s: %w", encoding, err))
+	return badBody(fmt.Errorf("the body is not in the encoding that its Content-Encoding says, %.200s: %w", encoding, err))
 }
 
 // largeTurn waits until another large body may be read.
@@ -292,7 +307,7 @@ func readText(ctx context.Context, b []byte) ([]*dto.MetricFamily, error) {
 	}
 	for _, family := range families {
 		if family.GetType() == dto.MetricType_GAUGE_HISTOGRAM {
-			return nil, fmt.Errorf("family %q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
+			return nil, fmt.Errorf("family %.200q: unknown metric type gaugehistogram: Prometheus does not read it", family.GetName())
 		}
 	}
 	return families, nil

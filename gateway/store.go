@@ -49,6 +49,10 @@ type StoreConfig struct {
 	// MaxGroups and MaxSeries are how many groups there are at most, and series in each. Zero
 	// means none.
 	MaxGroups, MaxSeries int
+	// MaxGroupBytes is how long the text of a group is at most, and MaxBytes how much memory all
+	// groups together take at most for what they hold, compressed, in bytes. Zero means none.
+	// What is on disk already is kept all the same.
+	MaxGroupBytes, MaxBytes int
 }
 
 // A Store keeps groups. It is safe for concurrent use: pushes to different groups wait for each
@@ -66,11 +70,21 @@ type Store struct {
 
 	// several is held by who holds the locks of several groups.
 	several sync.Mutex
+
+	// memory is how much memory all contents take, in bytes.
+	memory atomic.Int64
+	// merging has room for as many large groups as are added to at a time. Who waits for it
+	// holds the lock of a group; who has it waits for no group.
+	merging chan struct{}
 }
+
+// maxMerges is how many large groups are added to at a time, each of which takes memory for what
+// the group becomes, and for what of it is written to disk.
+const maxMerges = 2
 
 // NewStore returns a Store with the groups that its file holds.
 func NewStore(config StoreConfig, logger *slog.Logger, r prometheus.Registerer) (*Store, error) {
-	s := &Store{config: config, started: time.Now(), faults: faultlog.Log{Logger: logger}, groups: make(map[string]*group)}
+	s := &Store{config: config, started: time.Now(), faults: faultlog.Log{Logger: logger}, groups: make(map[string]*group), merging: make(chan struct{}, maxMerges)}
 	if config.File == "" {
 		return s, nil
 	}
@@ -159,42 +173,41 @@ func (s *state) in(now time.Time) string {
 type pushed struct {
 	key      pushgw.GroupingKey
 	add      bool
-	families []family
-	content  *content // of a put, ready
-	buffer   *bytes.Buffer
+	families []family      // of an add
+	buffer   *bytes.Buffer // that their texts are in; nil for a put
+	content  *content      // of a put, ready
 	err      error
+	done     func() // called when it is released
 }
 
 // prepare makes a push ready to be applied: what takes time and does not depend on what the
 // group holds. It takes families over. The push must be released.
-func prepare(key pushgw.GroupingKey, families []*dto.MetricFamily, add bool) *pushed {
-	p := &pushed{key: key, add: add, buffer: getBuffer()}
+func (s *Store) prepare(key pushgw.GroupingKey, families []*dto.MetricFamily, add bool) *pushed {
+	p := &pushed{key: key, add: add, buffer: getBuffer(), done: func() {}}
 	if families, p.err = check(families, key); p.err != nil {
 		return p
 	}
-	if p.families, p.err = render(p.buffer, families); p.err != nil {
+	if p.families, p.err = render(p.buffer, families); p.err != nil || add {
 		return p
 	}
-	if !add {
-		p.content, p.err = build(p.families)
-	}
+	p.content, p.err = build(p.families, s.config.MaxGroupBytes)
+	putBuffer(p.buffer)
+	p.families, p.buffer = nil, nil
 	return p
 }
 
-func (p *pushed) release() { putBuffer(p.buffer) }
-
-func build(families []family) (*content, error) {
-	if err := collision(families); err != nil {
-		return nil, err
+func (p *pushed) release() {
+	if p.buffer != nil {
+		putBuffer(p.buffer)
 	}
-	return newContent(families), nil
+	p.done()
 }
 
 // Push replaces the families of a group, or with add those of the same names, and makes the
 // group where there is none. It takes families over. Errors are *Refusal; the group then keeps
 // what it had. What does not expire is on disk when Push returns.
 func (s *Store) Push(key pushgw.GroupingKey, families []*dto.MetricFamily, add bool) error {
-	p := prepare(key, families, add)
+	p := s.prepare(key, families, add)
 	defer p.release()
 	return s.apply(p)
 }
@@ -219,6 +232,10 @@ func (s *Store) apply(p *pushed) error {
 
 // applyTo changes a group, whose lock is held.
 func (s *Store) applyTo(g *group, p *pushed) error {
+	if old := g.now.Load().content; p.add && old != nil && old.size()+p.buffer.Len() > smallBody {
+		s.merging <- struct{}{}
+		defer func() { <-s.merging }()
+	}
 	next, err := (*state)(nil), p.err
 	if err == nil {
 		next, err = s.replace(g, p)
@@ -228,23 +245,33 @@ func (s *Store) applyTo(g *group, p *pushed) error {
 		return err
 	}
 	if err := s.keep(next); err != nil {
+		s.memory.Add(-s.growth(g, next))
 		return err // That was not for what is in the push.
 	}
 	g.now.Store(next)
 	return nil
 }
 
-// replace returns what a group is after a push. Its lock is held.
+// growth returns how much more memory a group takes with its next state.
+func (s *Store) growth(g *group, next *state) int64 {
+	return int64(next.content.memory() - g.now.Load().content.memory())
+}
+
+// set makes next what a group is. Its lock is held.
+func (s *Store) set(g *group, next *state) {
+	s.memory.Add(s.growth(g, next))
+	g.now.Store(next)
+}
+
+// replace returns what a group is after a push, and counts the memory that this takes. The lock of
+// the group is held.
 func (s *Store) replace(g *group, p *pushed) (*state, error) {
 	now := time.Now()
 	old := g.before(now)
 	c := p.content
 	if p.add {
-		families, err := old.content.with(p.families)
-		if err != nil {
-			return nil, err
-		}
-		if c, err = build(families); err != nil {
+		var err error
+		if c, err = old.content.with(p.families, s.config.MaxGroupBytes); err != nil {
 			return nil, err
 		}
 	}
@@ -263,6 +290,14 @@ func (s *Store) replace(g *group, p *pushed) (*state, error) {
 		next.forgotFrom = next.silentFrom.Add(s.config.ForgetAfter)
 	}
 	next.durable = next.expiresAfter == 0
+	growth := s.growth(g, next)
+	if kept := s.memory.Add(growth); growth > 0 && kept > int64(s.config.MaxBytes) {
+		s.memory.Add(-growth)
+		return nil, &Refusal{
+			Status: http.StatusTooManyRequests, Reason: reasonTotal,
+			Text: fmt.Sprintf("all groups together would take %d bytes of memory, and may take %d (--limit.total-bytes): delete some", kept, s.config.MaxBytes),
+		}
+	}
 	return next, nil
 }
 
@@ -290,18 +325,10 @@ func (s *Store) fail(g *group, why *Refusal) {
 	if next.content == nil && !next.awaited {
 		next.forgotFrom = now.Add(s.config.ForgetAfter)
 	}
-	g.now.Store(&next)
+	s.set(g, &next)
 }
 
-// maxRefusal is how much is kept of why a push was refused, in bytes.
-const maxRefusal = 1000
-
-func (s *state) refuse(now time.Time, why *Refusal) {
-	s.refusedAt, s.refusal = now, why.Text
-	if len(s.refusal) > maxRefusal {
-		s.refusal = strings.ToValidUTF8(s.refusal[:maxRefusal], "") + "..."
-	}
-}
+func (s *state) refuse(now time.Time, why *Refusal) { s.refusedAt, s.refusal = now, why.Text }
 
 // Refused notes at the group of a key, where there is one, that a push was refused before
 // anybody knew what is in it. So does a Pushgateway: push_failure_time_seconds does not tell it.
@@ -447,10 +474,19 @@ var (
 	unescapeValue = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\n`, "\n")
 )
 
-// asRefusal returns err as what a client is told.
+// maxRefusal is the maximum length of the text of a refusal, in bytes. A text can quote what was
+// pushed.
+const maxRefusal = 1000
+
+// asRefusal returns err as what a client is told, with a text that is not too long to be answered,
+// logged and kept.
 func asRefusal(err error) *Refusal {
-	if r, ok := errors.AsType[*Refusal](err); ok {
-		return r
+	r := Refusal{Status: http.StatusBadRequest, Reason: reasonBody, Text: err.Error()}
+	if refusal, ok := errors.AsType[*Refusal](err); ok {
+		r = *refusal
 	}
-	return &Refusal{Status: http.StatusBadRequest, Reason: reasonBody, Text: err.Error()}
+	if len(r.Text) > maxRefusal {
+		r.Text = strings.ToValidUTF8(r.Text[:maxRefusal], "") + "..."
+	}
+	return &r
 }

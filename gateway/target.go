@@ -106,49 +106,48 @@ func (s *state) serve(w http.ResponseWriter, r *http.Request, g *Gateway) {
 		return
 	}
 	w.Header().Set("Vary", "Accept, Accept-Encoding")
-	var body []byte
+	text, times := &s.content.Text, s.times()
 	if acceptsGzip(r) {
+		before, behind := text.gzip(times)
 		w.Header().Set("Content-Encoding", "gzip")
-		body = s.content.Text.gzip(s.times())
-	} else {
-		text, err := s.content.Text.unpack()
-		if err != nil { // It was checked when it was read from disk.
-			http.Error(w, err.Error(), http.StatusInternalServerError)
+		w.Header().Set("Content-Length", strconv.Itoa(len(before)+len(text.Stream)+len(behind)))
+		for _, b := range [][]byte{before, text.Stream, behind} {
+			_, _ = w.Write(b)
+		}
+		return
+	}
+	w.Header().Set("Content-Length", strconv.Itoa(text.Size+len(times)))
+	reader := readPacked(text, 0)
+	defer reader.release()
+	for reader.more() == nil { // An error would cut the answer. It was checked when it was read from disk.
+		if reader.take(w, len(reader.rest)) != nil {
 			return
 		}
-		body = append(text, s.times()...)
 	}
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-	_, _ = w.Write(body)
+	_, _ = w.Write(times)
 }
 
 // encode writes the page of a group in a format that it is not ready in.
 func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.Format, logger *slog.Logger) error {
-	families, err := s.content.others()
-	if err != nil { // It was checked when it was read from disk.
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return err
-	}
 	body, done := packed(w, r)
 	defer done()
 	if format.FormatType() == expfmt.TypeTextPlain {
 		p := newPage(format.ToEscapingScheme())
-		for _, f := range families {
-			p.add(f, s.group.labels)
-		}
-		p.times(s)
+		p.addText(s.content, s.group.labels, func(at int) textReader { return readPacked(&s.content.Text, at) })
+		p.states, p.now = []*state{s}, time.Time{} // A time at which no group is silent.
 		return p.write(body)
 	}
 	encoder := expfmt.NewEncoder(body, format)
-	for _, f := range families {
+	err := s.content.families(readPacked(&s.content.Text, 0), func(f family) error {
 		escaped, err := f.escaped(format.ToEscapingScheme())
 		if err != nil {
 			logger.Debug("Family left out", "group", s.group.key.String(), "family", f.name, "err", err)
-			continue
+			return nil
 		}
-		if err := encoder.Encode(escaped); err != nil {
-			return err
-		}
+		return encoder.Encode(escaped)
+	})
+	if err != nil {
+		return err
 	}
 	parser := expfmt.NewTextParser(model.UTF8Validation)
 	times, err := parser.TextToMetricFamilies(bytes.NewReader(s.times()))
@@ -165,11 +164,12 @@ func (s *state) encode(w http.ResponseWriter, r *http.Request, format expfmt.For
 
 // times returns the text of when the group was pushed to.
 func (s *state) times() []byte {
-	p := newPage(model.NoEscaping)
-	p.times(s)
-	var b bytes.Buffer
-	_ = p.write(&b)
-	return b.Bytes()
+	var b []byte
+	for _, m := range made[:2] {
+		value, _ := m.value(s, time.Time{})
+		b = appendGauge(appendHeader(b, m.name, m.help), m.name, s.group.labels, value)
+	}
+	return b
 }
 
 // acceptsGzip tells whether an answer may be gzipped.

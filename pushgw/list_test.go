@@ -204,6 +204,35 @@ func TestStatus(t *testing.T) {
 	}
 }
 
+// TestErrorsAreCut has answers that an error would quote at length.
+func TestErrorsAreCut(t *testing.T) {
+	long := strings.Repeat("x", 10_000)
+	c := client(t, server(t, func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == http.MethodPut: // No HTTP.
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_, _ = io.WriteString(conn, long+"\r\n")
+			_ = conn.Close()
+		case r.URL.Path == "/api/v1/status":
+			w.Header().Set("Date", "Sat, 21 Nov 2026 14:19:52 GMT")
+			_, _ = io.WriteString(w, `{"data":{"start_time":"`+long+`"}}`)
+		default:
+			_, _ = io.WriteString(w, `{"status":"`+long+`","data":[]}`)
+		}
+	}))
+	_, status := c.Status(t.Context())
+	_, listing := collect(t, c)
+	for what, err := range map[string]error{"status": status, "listing": listing, "put": c.Put(t.Context(), key, pushgw.Body{})} {
+		if err == nil || len(err.Error()) > 500 {
+			t.Errorf("%s: %.600v", what, err)
+		}
+	}
+}
+
 // TestGroupsMemory lists two thousand groups, the first with a label of 20 MB.
 func TestGroupsMemory(t *testing.T) {
 	node := `{"f":{"help":"` + strings.Repeat("x", 8000) + `"},"labels":{"job":"j"}},`

@@ -52,7 +52,7 @@ type ScrapeError struct {
 	Err error
 }
 
-func (e *ScrapeError) Error() string { return "scrape " + e.URL + ": " + e.Err.Error() }
+func (e *ScrapeError) Error() string { return "scrape " + e.URL + ": " + safeurl.Cut(e.Err.Error()) }
 
 func (e *ScrapeError) Unwrap() error { return e.Err }
 

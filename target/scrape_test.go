@@ -188,6 +188,23 @@ func TestScrapeFails(t *testing.T) {
 	}
 }
 
+// TestScrapeCutsItsErrors has targets that answer with what an error would quote at length.
+func TestScrapeCutsItsErrors(t *testing.T) {
+	long := strings.Repeat("x", 100_000)
+	for name, answer := range map[string]string{
+		"encoding": "HTTP/1.1 200 OK\r\nContent-Encoding: " + long + "\r\n\r\n",
+		"no HTTP":  long + "\r\n",
+		"status":   "HTTP/1.1 " + long + " OK\r\n\r\n",
+	} {
+		s := httptest.NewServer(raw(answer))
+		_, _, err := scrape(t, s.URL)
+		if err == nil || len(err.Error()) > 500 {
+			t.Errorf("%s: %.500v", name, err)
+		}
+		s.Close()
+	}
+}
+
 func TestScrapeRefused(t *testing.T) {
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {

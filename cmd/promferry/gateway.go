@@ -81,7 +81,7 @@ func (c *gatewayCommand) serveUntilStopped(ctx context.Context, in *invocation) 
 		StoreConfig: gateway.StoreConfig{
 			File:          dir.Path(groupsDB),
 			ExpireDefault: time.Duration(s.ExpireDefault.value), ForgetAfter: time.Duration(s.ForgetAfter.value),
-			MaxGroups: s.LimitGroups.value, MaxSeries: s.LimitGroupSeries.value,
+			MaxGroups: s.LimitGroups.value, MaxSeries: s.LimitGroupSeries.value, MaxGroupBytes: int(s.LimitGroupBytes.value), MaxBytes: int(s.LimitTotalBytes.value),
 		},
 		MaxBodyBytes: int64(s.LimitBodyBytes.value), AdminAPI: s.WebEnableAdminAPI.value, Flags: s.flags(),
 		Rights:   pusherGuard{guard, logger},

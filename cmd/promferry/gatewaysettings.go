@@ -27,6 +27,8 @@ type gatewayServerSettings struct {
 	ExpireDefault     *setting[model.Duration]   `split_words:"true"`
 	ForgetAfter       *setting[model.Duration]   `split_words:"true"`
 	LimitBodyBytes    *setting[units.Base2Bytes] `split_words:"true"`
+	LimitGroupBytes   *setting[units.Base2Bytes] `split_words:"true"`
+	LimitTotalBytes   *setting[units.Base2Bytes] `split_words:"true"`
 	LimitGroupSeries  *setting[int]              `split_words:"true"`
 	LimitGroups       *setting[int]              `split_words:"true"`
 	StateDir          *setting[string]           `split_words:"true"`
@@ -48,6 +50,8 @@ func newGatewayServerSettings() *gatewayServerSettings {
 		ExpireDefault:     duration("expire.default", 0, "How long after its last push a group goes silent that has no promferry_expires_after_seconds. 0s: never."),
 		ForgetAfter:       duration("forget-after", 24*time.Hour, "How long a silent group is kept, and listed in /sd as a target that is down."),
 		LimitBodyBytes:    size("limit.body-bytes", 64*units.MiB, "How large the body of a push may be, packed and unpacked. Beyond it the answer is 413."),
+		LimitGroupBytes:   size("limit.group-bytes", 128*units.MiB, "Maximum size of the text of a group, with the grouping labels in each series. Beyond it the answer is 413."),
+		LimitTotalBytes:   size("limit.total-bytes", units.GiB, "Maximum memory of the metrics of all groups together, compressed. A push that needs more is answered with 429."),
 		LimitGroupSeries:  number("limit.group-series", 100000, "How many series a group may have. Beyond it the answer is 422."),
 		LimitGroups:       number("limit.groups", 20000, "How many groups there may be. Beyond it the answer is 429."),
 		StateDir:          text("state.dir", cmp.Or(stateDir, defaultGatewayStateDir), "Where the gateway keeps groups that do not expire, and which groups there are."),
@@ -59,7 +63,7 @@ func newGatewayServerSettings() *gatewayServerSettings {
 func (s *gatewayServerSettings) all() []anySetting {
 	return []anySetting{
 		s.WebListenAddress, s.WebConfigFile, s.WebExternalURL, s.WebLifecycle, s.WebEnableAdminAPI, s.AuthFile, s.ExpireDefault, s.ForgetAfter,
-		s.LimitBodyBytes, s.LimitGroupSeries, s.LimitGroups, s.StateDir, s.LogLevel, s.LogFormat,
+		s.LimitBodyBytes, s.LimitGroupBytes, s.LimitTotalBytes, s.LimitGroupSeries, s.LimitGroups, s.StateDir, s.LogLevel, s.LogFormat,
 	}
 }
 

@@ -26,8 +26,6 @@ const (
 	minSecret = 4
 	// minBegin is how much of the begin of a longer one is enough.
 	minBegin = 8
-	// maxShown is how much of a server's text is shown, in bytes: a line of a log.
-	maxShown = 300
 	// maxLooked is how much of a server's text is looked at, in bytes.
 	maxLooked = 64 << 10
 	// hidden stands where a credential stood.
@@ -59,11 +57,7 @@ func (c *Client) Hide(text string) string {
 }
 
 func shown(text string, secrets []string) string {
-	text = safeurl.Line(hide(text[:min(len(text), maxLooked)], secrets))
-	if len(text) > maxShown {
-		text = strings.ToValidUTF8(text[:maxShown], "") + "..."
-	}
-	return text
+	return safeurl.Line(hide(text[:min(len(text), maxLooked)], secrets))
 }
 
 // shownError is an error with a text that may be shown.

@@ -48,7 +48,7 @@ func Text(s string) string {
 var credentials = regexp.MustCompile(`(?i)\b((?:proxy-)?authorization|cookie|bearer|basic)\b[\s:="']+\S+(?:\s+\S+)?`)
 
 // Line returns what another program wrote as one line that can be shown: without control
-// characters, which a terminal would obey, and without credentials.
+// characters, which a terminal would obey, without credentials, and cut by Cut.
 func Line(s string) string {
 	s = strings.Join(strings.Fields(s), " ")
 	s = strings.Map(func(r rune) rune {
@@ -57,5 +57,5 @@ func Line(s string) string {
 		}
 		return r
 	}, s)
-	return credentials.ReplaceAllString(s, "$1 "+hidden)
+	return Cut(credentials.ReplaceAllString(s, "$1 "+hidden))
 }
