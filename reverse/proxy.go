@@ -230,7 +230,7 @@ func (p *Proxy) check(r *http.Request) (time.Duration, *failure) {
 func (p *Proxy) explain(ctx context.Context, r *http.Request, err error) *failure {
 	name := r.URL.Hostname()
 	if len(name) > maxName {
-		name = name[:maxName]
+		name = strings.ToValidUTF8(name[:maxName], "")
 	}
 	f := &failure{status: http.StatusServiceUnavailable, text: fmt.Sprintf("client %q: %v", name, err)}
 	switch {

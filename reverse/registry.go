@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/promferry/promferry/internal/faultlog"
+	"github.com/promferry/promferry/internal/safeurl"
 )
 
 // Refusal is what a client is told that gets no line.
@@ -202,7 +203,7 @@ again: // A client that was forgotten is another one when it comes back.
 	if news && h.Announce != "" {
 		if announcement, err = ParseAnnouncement(h.Announce); err != nil {
 			r.forgetIfNew(c)
-			return nil, &Refusal{Status: http.StatusBadRequest, Text: "announcement: " + err.Error()}
+			return nil, &Refusal{Status: http.StatusBadRequest, Text: "announcement: " + safeurl.Cut(err.Error())}
 		}
 	}
 
