@@ -237,4 +237,3 @@ func TestTextfileOfAnother(t *testing.T) {
 		})
 	}
 }
-
