@@ -432,7 +432,7 @@ func openAfter(t *testing.T, dir string) (map[string]*servedGroup, error) {
 	var log bytes.Buffer
 	registry := prometheus.NewRegistry()
 	g, err := gateway.New(gateway.Config{
-		StoreConfig:  gateway.StoreConfig{File: filepath.Join(dir, "groups.db"), ForgetAfter: time.Hour, MaxGroups: 1000, MaxSeries: 10000},
+		StoreConfig:  gateway.StoreConfig{File: filepath.Join(dir, "groups.db"), ForgetAfter: time.Hour, MaxGroups: 1000, MaxSeries: 10000, MaxGroupBytes: 1 << 24, MaxBytes: 1 << 28},
 		MaxBodyBytes: 1 << 20, Gatherer: registry, Registerer: registry, Logger: slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	if err != nil {

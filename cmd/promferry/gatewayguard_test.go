@@ -113,7 +113,7 @@ func TestGatewayByCertificate(t *testing.T) {
 		t.Fatal(err)
 	}
 	g, err := gateway.New(gateway.Config{
-		StoreConfig:  gateway.StoreConfig{ForgetAfter: time.Hour, MaxGroups: 10, MaxSeries: 10},
+		StoreConfig:  gateway.StoreConfig{ForgetAfter: time.Hour, MaxGroups: 10, MaxSeries: 10, MaxGroupBytes: 1 << 20, MaxBytes: 1 << 20},
 		MaxBodyBytes: 1 << 20, Rights: pusherGuard{guard, logger}, Gatherer: registry, Registerer: registry, Logger: logger,
 	})
 	if err != nil {

@@ -136,7 +136,7 @@ func TestGatewayItself(t *testing.T) {
 	start := func() (string, func()) {
 		registry := prometheus.NewRegistry()
 		g, err := gateway.New(gateway.Config{
-			StoreConfig:  gateway.StoreConfig{File: state, ForgetAfter: time.Hour, MaxGroups: 100, MaxSeries: 100},
+			StoreConfig:  gateway.StoreConfig{File: state, ForgetAfter: time.Hour, MaxGroups: 100, MaxSeries: 100, MaxGroupBytes: 1 << 20, MaxBytes: 1 << 20},
 			MaxBodyBytes: 1 << 20, Gatherer: registry, Registerer: registry, Logger: slog.New(slog.DiscardHandler),
 		})
 		if err != nil {
