@@ -242,3 +242,36 @@ func TestGuardedProcessHoldsTheLock(t *testing.T) {
 		t.Errorf("the process has ended: %v", err)
 	}
 }
+
+// TestForgedGuard has a lock file of another user's, with the PID of a process that is not that
+// user's: anybody could have written it there.
+func TestForgedGuard(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "agent.pid")
+	lock, err := lockfile.Acquire(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Guard(os.Getpid()); err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lockfile.Acquire(path); err == nil {
+		t.Fatal("our own guard does not count")
+	}
+	if os.Chown(path, 65534, 65534) != nil {
+		return // Only root can make a file another user's.
+	}
+	if lock, err = lockfile.Acquire(path); err != nil {
+		t.Fatal(err)
+	}
+	_ = lock.Release()
+}

@@ -122,7 +122,7 @@ func (d *Dir) openDir(name string) (*Dir, error) {
 		return nil, d.named(err)
 	}
 	if !info.IsDir() { // OpenRoot would follow a link, and wait for the other end of a named pipe.
-		return nil, fmt.Errorf("%s: not a directory; remove it", d.Path(name))
+		return nil, fmt.Errorf("%s: %w; remove it", d.Path(name), errNotDirectory)
 	}
 	root, err := d.root.OpenRoot(name)
 	if err != nil {
@@ -131,6 +131,8 @@ func (d *Dir) openDir(name string) (*Dir, error) {
 	sub, _, err := newDir(d.Path(name), root)
 	return sub, err
 }
+
+var errNotDirectory = errors.New("not a directory")
 
 // own gives a directory that root has just made to the owner of what is in it. Root's own
 // directory with something in it, which that user may have moved here, stays root's.
@@ -172,6 +174,8 @@ func (d *Dir) Private(name string) (private *Dir, moved string, err error) {
 		if err == nil {
 			err = fmt.Errorf("%s: belongs to another user", private.path)
 			_ = private.Close()
+		} else if !errors.Is(err, errNotDirectory) { // It may be a good one, with locks that are held.
+			return nil, moved, err
 		}
 		if moved != "" { // Whoever owns d is at work there.
 			return nil, moved, err
