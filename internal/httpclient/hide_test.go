@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -429,10 +430,27 @@ func TestTokenIsNotSentElsewhere(t *testing.T) {
 // TestTokenHasADeadline asks a token's URL that never answers.
 func TestTokenHasADeadline(t *testing.T) {
 	done := make(chan struct{})
-	tokens := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-done }))
+	asked := make(chan struct{}, 10)
+	tokens := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		asked <- struct{}{}
+		<-done
+	}))
 	defer tokens.Close()
-	defer close(done)
 	c := client(t, "oauth2: {client_id: me, client_secret: canary, token_url: TOKENS}", tokens.URL, "http://x")
+	// Another request, which has more time, is not waited for.
+	var other sync.WaitGroup
+	defer other.Wait()
+	defer close(done)
+	ended := make(chan struct{})
+	other.Go(func() {
+		defer close(ended)
+		if req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, "http://127.0.0.1:1", nil); err == nil {
+			if resp, err := c.Do(req); err == nil {
+				_ = resp.Body.Close()
+			}
+		}
+	})
+	<-asked
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, "http://127.0.0.1:1", strings.NewReader("x"))
@@ -445,6 +463,11 @@ func TestTokenHasADeadline(t *testing.T) {
 	}
 	if !httpclient.IsTimeout(ctx, err) {
 		t.Errorf("got %v", err)
+	}
+	select {
+	case <-ended:
+		t.Error("it waited for the other request")
+	default:
 	}
 }
 

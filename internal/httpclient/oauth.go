@@ -33,9 +33,12 @@ type tokens struct {
 	cfg    *config.OAuth2
 	client *http.Client // for the token's URL
 
-	mu     sync.Mutex
+	// fetching has room for one request for a token at a time: others wait for as long as their
+	// own time lasts.
+	fetching chan struct{}
+
+	mu     sync.Mutex // never held over a request
 	secret string
-	source func(context.Context) oauth2.TokenSource // with secret
 	token  *oauth2.Token
 	// sent are the secrets of the last request for a token, former the token before this one.
 	sent   []string
@@ -49,7 +52,7 @@ func newTokens(cfg *config.OAuth2, next http.RoundTripper, name string) (*tokens
 	if err != nil {
 		return nil, fmt.Errorf("oauth2: %w", err)
 	}
-	t := &tokens{next: next, cfg: cfg, client: client}
+	t := &tokens{next: next, cfg: cfg, client: client, fetching: make(chan struct{}, 1)}
 	client.Transport, client.Timeout = noting{t, client.Transport}, tokenTimeout
 	return t, nil
 }
@@ -72,21 +75,40 @@ func (t *tokens) get(ctx context.Context) (*oauth2.Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.source == nil || secret != t.secret {
-		t.secret, t.source = secret, t.sourceWith(secret)
-		t.forget()
+	if token := t.known(secret); token.Valid() {
+		return token, nil
 	}
-	if t.token.Valid() {
-		return t.token, nil
+	select {
+	case t.fetching <- struct{}{}:
+		defer func() { <-t.fetching }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("oauth2: wait for a token: %w", ctx.Err())
 	}
-	t.forget()
-	t.token, err = t.source(context.WithValue(ctx, oauth2.HTTPClient, t.client)).Token()
+	if token := t.known(secret); token.Valid() { // Another request has fetched it.
+		return token, nil
+	}
+	token, err := t.sourceWith(secret)(context.WithValue(ctx, oauth2.HTTPClient, t.client)).Token()
 	if ue, ok := errors.AsType[*url.Error](err); ok {
 		err = fmt.Errorf("oauth2: cannot fetch token: %w", ue.Err) // The URL may have user-info.
 	}
-	return t.token, err
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err == nil && t.secret == secret {
+		t.token = token
+	}
+	return token, err
+}
+
+// known returns the token for a secret, nil where there is none. One that is not valid any more is
+// forgotten.
+func (t *tokens) known(secret string) *oauth2.Token {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if secret != t.secret || !t.token.Valid() {
+		t.secret = secret
+		t.forget()
+	}
+	return t.token
 }
 
 // forget has the token asked for anew. A server may still show it.
@@ -155,7 +177,7 @@ func (t *tokens) CloseIdleConnections() {
 
 // noting notes the secrets in requests for a token.
 type noting struct {
-	t    *tokens // whose mu is held meanwhile
+	t    *tokens
 	next http.RoundTripper
 }
 
@@ -170,7 +192,9 @@ func (n noting) RoundTrip(req *http.Request) (*http.Response, error) {
 			}
 		}
 	}
+	n.t.mu.Lock()
 	n.t.sent = sent
+	n.t.mu.Unlock()
 	if _, ok := req.Header["User-Agent"]; !ok {
 		req = req.Clone(req.Context())
 		req.Header.Set("User-Agent", UserAgent())
